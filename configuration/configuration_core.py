@@ -1,0 +1,143 @@
+"""Bases of every bestiary configuration: near-miss keywords are refused, the fields of a BERT-like encoder are
+declared once.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+def refuse_near_misses(config_class: type[PreTrainedConfig], keywords: Iterable[str]) -> None:
+    """`ValueError` for a keyword that is no field of the class but nearly one."""
+    known = {field.name for field in fields(config_class)} | set(config_class.attribute_map)
+    known |= {"num_labels", "output_attentions", "attn_implementation", "name_or_path", "torch_dtype", "model_type"}
+    for key in set(keywords) - known:
+        close = [] if key.startswith("_") else difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if close:
+            raise ValueError(
+                f"{config_class.__name__} has no field {key!r}; did you mean {close[0]!r}? "
+                "Rename the keyword, or choose a name that does not resemble a field."
+            )
+
+
+@strict
+class BestiaryConfig(PreTrainedConfig):
+    """A configuration that does not store a typo as a new field.
+
+    transformers keeps unknown keywords as attributes, so `hiden_size=64` would silently build the default size.
+    Keywords that resemble a declared field are refused here; others (a user's own notes, keys of newer releases) pass.
+
+    Raises:
+        ValueError: a keyword that is no field but nearly one.
+    """
+
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        refuse_near_misses(type(self), kwargs)
+        super().__post_init__(**kwargs)
+
+    def reject(self, field: str, allowed: str) -> ValueError:
+        """The error for a value outside its range, to be raised by a validator."""
+        return ValueError(f"{type(self).__name__}.{field} must be {allowed}, got {getattr(self, field)!r}.")
+
+
+@strict
+class EncoderConfig(BestiaryConfig):
+    """Fields of a BERT-like encoder (Devlin et al., 2018, arXiv 1810.04805), in transformers' names.
+
+    Args:
+        vocab_size: number of word pieces.
+        hidden_size: width of the residual stream; a multiple of `num_attention_heads`.
+        num_hidden_layers: number of layers.
+        num_attention_heads: number of heads per layer.
+        intermediate_size: inner width of the feed-forward part.
+        hidden_act: activation of the feed-forward part and of the prediction head. The paper and released checkpoints
+            use the exact `"gelu"`; the official TensorFlow code has the tanh form, `"gelu_new"` (at most 4.7e-4
+            apart).
+        hidden_dropout_prob: dropout rate on embeddings and on the output of each sub-layer.
+        attention_probs_dropout_prob: dropout rate on attention probabilities.
+        max_position_embeddings: longest sequence, in tokens.
+        type_vocab_size: number of segment types.
+        initializer_range: standard deviation of the normal initialisation.
+        layer_norm_eps: epsilon of every LayerNorm.
+        pad_token_id: id of the padding token.
+        classifier_dropout: dropout rate before a classification layer; None means `hidden_dropout_prob`.
+        embedding_size: width of the embedding tables when it differs from `hidden_size`; a linear map joins the two.
+        unpad_threshold: share of padding (0 to 1) above which a batch is run on its real tokens only, packed into
+            rows; None never. Outputs at real tokens are equal; outputs at padding are zero.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    classifier_dropout: float | int | None = None
+    embedding_size: int | None = None
+    unpad_threshold: float | int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.embedding_size is None:
+            self.embedding_size = self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Sizes are positive, the heads divide the width, the activation is known."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+            "embedding_size",
+        ):
+            if getattr(self, name) < 1:
+                raise self.reject(name, "at least 1")
+        if self.num_hidden_layers < 0:
+            raise self.reject("num_hidden_layers", "at least 0")
+        if self.hidden_size % self.num_attention_heads:
+            raise self.reject("num_attention_heads", f"a divisor of hidden_size={self.hidden_size}")
+        if self.initializer_range <= 0:
+            raise self.reject("initializer_range", "above 0")
+        if self.hidden_act not in ACT2FN:
+            raise self.reject("hidden_act", f"one of {', '.join(sorted(ACT2FN))}")
+
+    def validate_rates(self):
+        """Dropout rates are in [0, 1), the threshold in [0, 1]."""
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise self.reject(name, "in [0, 1)")
+        if self.unpad_threshold is not None and not 0 <= self.unpad_threshold <= 1:
+            raise self.reject("unpad_threshold", "in [0, 1] or None")
+
+    @classmethod
+    def from_stock(cls, config: PreTrainedConfig, **overrides) -> "EncoderConfig":
+        """Build this configuration from a stock BERT-like one, taking over every field that both declare.
+
+        Labels (`id2label`, `problem_type`) come along. Raises `ValueError` if `config` marks a decoder, since the
+        encoders here are bidirectional.
+        """
+        if getattr(config, "is_decoder", False):
+            raise ValueError(
+                f"{cls.__name__}.from_stock: {type(config).__name__} has is_decoder=True; only encoders can be "
+                "taken over."
+            )
+        theirs = config.to_dict()
+        skipped = {"architectures", "transformers_version", "model_type"}
+        ours = {field.name for field in fields(cls)} - skipped
+        return cls(**({key: value for key, value in theirs.items() if key in ours} | overrides))

@@ -1,0 +1,112 @@
+"""What pre-training recipes share: data arguments, and the hooks by which one script trains any paper's objective."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from datasets import Dataset, DatasetDict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+from .base import BestiaryTrainer
+from .documents import pack_segments, tokenize_documents
+from .masking import MaskingCollator
+
+
+@dataclass
+class PretrainingDataArguments:
+    """Text and masking of a pre-training run.
+
+    Args:
+        dataset: `demo`, a data set on the Hub, or a folder; or give `train_file` (.txt, .jsonl, .parquet, .csv).
+        tokenizer: folder or Hub name; None takes the demo's.
+        max_length: longest sequence in tokens, special ones included.
+        mlm_probability: share of the tokens that are masked.
+        max_predictions: largest number of masked tokens in a sequence; None sets no limit.
+        max_validation_examples: so many held-out sequences are evaluated, the first ones; None takes all.
+        data_seed: of building the examples.
+        num_proc: processes that tokenize.
+    """
+
+    dataset: str | None = field(default=None, metadata={"help": "demo, a data set on the Hub, or a folder."})
+    train_file: str | None = field(default=None, metadata={"help": "Local text: .txt, .jsonl, .parquet or .csv."})
+    validation_file: str | None = field(default=None, metadata={"help": "Local held-out text."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds a document."})
+    validation_fraction: float = field(
+        default=0.02, metadata={"help": "Held-out share if there is no validation split."}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name; default: the demo's tokenizer."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Longest sequence in tokens."})
+    mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
+    max_predictions: int | None = field(default=None, metadata={"help": "Largest number of masked tokens a sequence."})
+    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Round padded lengths up to a multiple."})
+    max_validation_examples: int | None = field(default=None, metadata={"help": "Only so many held-out sequences."})
+    data_seed: int = field(default=0, metadata={"help": "Seed of building the examples."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+
+class PretrainingTrainer(BestiaryTrainer):
+    """A trainer that can build its own data from documents.
+
+    The default is one stretch of text a sequence, masked anew each epoch.
+    """
+
+    data_arguments: ClassVar[type[PretrainingDataArguments]] = PretrainingDataArguments
+
+    @classmethod
+    def build_datasets(
+        cls,
+        documents: DatasetDict,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        data: Any,
+        training: TrainingArguments,
+    ) -> DatasetDict | dict[str, Any]:
+        """Examples for every split of documents (column `sentences`).
+
+        Raises:
+            ValueError: sequences longer than the model's positions, or a tokenizer larger than its vocabulary.
+        """
+        cls.check_sizes(tokenizer, config, data.max_length)
+        return {
+            split: pack_segments(cls.tokenized(part, tokenizer, data), tokenizer, data.max_length, seed=data.data_seed)
+            for split, part in documents.items()
+        }
+
+    @classmethod
+    def build_collator(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        data: Any,
+        training: TrainingArguments,
+    ) -> MaskingCollator:
+        """The collator that masks."""
+        return MaskingCollator(
+            tokenizer,
+            mlm_probability=data.mlm_probability,
+            max_predictions=data.max_predictions,
+            max_length=config.max_position_embeddings,
+            pad_to_multiple_of=data.pad_to_multiple_of,
+            seed=training.seed,
+        )
+
+    @staticmethod
+    def tokenized(documents: Dataset, tokenizer: PreTrainedTokenizerBase, data: PretrainingDataArguments) -> Dataset:
+        """Documents as lists of lists of token ids."""
+        return tokenize_documents(documents, tokenizer, num_proc=data.num_proc)
+
+    @classmethod
+    def check_sizes(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> None:
+        """`ValueError` if the data would not fit the model."""
+        if max_length > config.max_position_embeddings:
+            raise ValueError(
+                f"{cls.data_arguments.__name__}.max_length is {max_length}, but the model has max_position_embeddings="
+                f"{config.max_position_embeddings}; lower the one or raise the other."
+            )
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} entries, but the model's vocab_size is {config.vocab_size}; "
+                "leave vocab_size out "
+                "of the recipe to take the tokenizer's."
+            )
