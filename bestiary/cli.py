@@ -7,6 +7,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
+
 from .registry import get_paper, list_papers
 
 
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # `bestiary list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, StrictDataclassError) as error:
         print(f"bestiary: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -52,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("slug")
     command.add_argument("checkpoint", help="file or folder with the official weights")
     command.add_argument("out", help="folder to write")
+    command.add_argument("--config", help="the checkpoint's configuration, if it does not lie beside it")
     command.set_defaults(command=_convert)
 
     command = commands.add_parser("export", help="add the code files that load a checkpoint without bestiary")
@@ -105,7 +108,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from .conversion import convert_checkpoint
 
-    convert_checkpoint(arguments.slug, arguments.checkpoint, arguments.out)
+    convert_checkpoint(arguments.slug, arguments.checkpoint, arguments.out, config=arguments.config)
     print(f"wrote {arguments.out}")
 
 

@@ -65,7 +65,8 @@ def register(paper: Paper) -> Paper:
 
     Raises:
         ValueError: the slug, the `model_type` or a class name is registered already (by bestiary or by transformers),
-            the `model_type` is not `<prefix>-<slug with hyphens>`, or an auto class does not exist.
+            the `model_type` is not `<prefix>-<slug with hyphens>`, an auto class does not exist, or a model is built
+            from another configuration. Then nothing of the paper is registered.
     """
     model_type = paper.config.model_type
     if paper.slug in _PAPERS:
@@ -81,9 +82,16 @@ def register(paper: Paper) -> Paper:
             "same type."
         )
     _refuse_known_names(paper)
+    models = [(_auto_class(paper.slug, auto_name), model) for auto_name, model in paper.models.items()]
+    for _, model in models:
+        if model.config_class is not paper.config:
+            raise ValueError(
+                f"register: {model.__name__} is built from {model.config_class and model.config_class.__name__}, not "
+                f"from {paper.config.__name__}; annotate it with `config: {paper.config.__name__}`."
+            )
     AutoConfig.register(model_type, paper.config)
-    for auto_name, model in paper.models.items():
-        _auto_class(paper.slug, auto_name).register(paper.config, model)
+    for auto_class, model in models:
+        auto_class.register(paper.config, model)
     _PAPERS[paper.slug] = paper
     return paper
 

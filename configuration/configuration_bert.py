@@ -4,7 +4,7 @@ Paper: "BERT: Pre-training of Deep Bidirectional Transformers for Language Under
 Toutanova, 2018, arXiv 1810.04805. Official code: google-research/bert (Apache-2.0).
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from huggingface_hub.dataclasses import strict
 
@@ -53,7 +53,7 @@ class BertPretrainingConfig(EncoderConfig):
                 raise self.reject(name, "at least 0")
 
     @classmethod
-    def from_size(cls, size: str, **overrides) -> "BertPretrainingConfig":
+    def from_size(cls, size: str, **overrides) -> Self:
         """One of the released sizes: tiny, mini, small, medium, base, large."""
         if size not in cls.SIZES:
             raise ValueError(f"{cls.__name__} has no size {size!r}; there are {', '.join(cls.SIZES)}.")

@@ -5,6 +5,7 @@ declared once.
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -126,7 +127,7 @@ class EncoderConfig(BestiaryConfig):
             raise self.reject("unpad_threshold", "in [0, 1] or None")
 
     @classmethod
-    def from_stock(cls, config: PreTrainedConfig, **overrides) -> "EncoderConfig":
+    def from_stock(cls, config: PreTrainedConfig, **overrides) -> Self:
         """Build this configuration from a stock BERT-like one, taking over every field that both declare.
 
         Labels (`id2label`, `problem_type`) come along. Raises `ValueError` if `config` marks a decoder, since the

@@ -4,7 +4,7 @@ Paper: "ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Genera
 arXiv 2003.10555. Official code: google-research/electra (Apache-2.0).
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -164,7 +164,7 @@ class ElectraJointConfig(BestiaryConfig):
                 )
 
     @classmethod
-    def from_size(cls, size: str, **overrides) -> "ElectraJointConfig":
+    def from_size(cls, size: str, **overrides) -> Self:
         """One of the published sizes: small, base, large. `overrides` are fields of this class."""
         if size not in cls.SIZES:
             raise ValueError(f"{cls.__name__} has no size {size!r}; there are {', '.join(cls.SIZES)}.")

@@ -1,29 +1,30 @@
-r"""Fine-tune any encoder on a labelled task: classification, regression, tagging or extractive question answering.
+"""Fine-tune any encoder on a labelled task: classification, regression, tagging or extractive question answering.
 
     accelerate launch examples/finetune.py --config finetune_classification --name_or_path runs/electra_tiny
-    accelerate launch examples/finetune.py --config finetune_qa --name_or_path path \
-        --train_file train.jsonl --eval_file dev.jsonl
-    python examples/finetune.py --config finetune_classification --name_or_path path --seeds 0,1,2
+    accelerate launch examples/finetune.py --config electra_finetune --name_or_path runs/electra_base --seeds 0,1,2
+    accelerate launch examples/finetune.py --config finetune_qa --name_or_path path --train_file a.jsonl \
+        --eval_file b.jsonl
 
 The model may be one of bestiary's or any of transformers' with the head that the task needs. With several seeds the
-script trains once per seed and prints mean and standard deviation. Model, card and metrics go to `output_dir`.
+script trains once per seed, into `output_dir/seed_<seed>`. Model, card, plot and metrics are written to `output_dir`,
+mean and standard deviation over the seeds to `results.json` in it.
 """
 
 import json
+import re
 import shlex
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import transformers
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 
 import bestiary  # noqa: F401  registers the auto classes
 from bestiary.cards import plot_history
 from bestiary.recipe import Recipe, load_recipe
-from bestiary.trainers.finetuning import FinetuneTrainer, FinetuneTrainingArguments
-from bestiary.trainers.tasks import TASKS, TaskDataArguments, load_labelled
+from bestiary.trainers.finetuning import FinetuneTrainingArguments
+from bestiary.trainers.tasks import PreparedTask, TaskDataArguments
 
 
 @dataclass
@@ -32,68 +33,62 @@ class DataArguments(TaskDataArguments):
 
     seeds: str | None = field(default=None, metadata={"help": "Comma-separated seeds; default: the one of training."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
+            raise ValueError(f"DataArguments.seeds must be numbers joined by commas, as 0,1,2; got {self.seeds!r}.")
 
-def train_once(recipe: Recipe, seed: int, folder: Path, argv: list[str]) -> dict[str, float]:
-    """Fine-tune with one seed, save to a folder, and return the evaluation's metrics."""
-    training, data = recipe.training, recipe.data
-    training.seed = training.data_seed = seed
-    training.output_dir = str(folder)
-    set_seed(seed)
-    name = recipe.model.get("name_or_path")
-    if name is None:
-        raise ValueError("examples/finetune.py needs a model: give --name_or_path.")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    train, held_out = load_labelled(data)
-    task = TASKS[data.task](data, tokenizer, train)
-    config = recipe.build_config(**task.config_fields())
-    model = getattr(transformers, task.auto_class).from_pretrained(name, config=config)
-    with training.main_process_first(desc="tokenizing"):
-        train_features, eval_features = task.features(train, True), task.features(held_out, False)
-    trainer = FinetuneTrainer(
-        model,
-        training,
-        data_collator=task.collator(),
-        train_dataset=train_features,
-        eval_dataset=eval_features,
-        processing_class=tokenizer,
-        compute_metrics=task.metrics(held_out, eval_features),
-    )
+
+def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str, float]:
+    """Fine-tune with `training.seed`, save to `training.output_dir`, and return the metrics of the evaluation."""
+    training = recipe.training
+    set_seed(training.seed)
+    trainer = prepared.build_trainer(recipe)
+    data = recipe.data.dataset or f"{recipe.data.train_file}, {recipe.data.eval_file}"
     trainer.run_description = {
-        "data": f"{data.dataset or data.train_file}: {len(train):,} training and {len(held_out):,} evaluation rows",
-        "command": f"accelerate launch examples/finetune.py {shlex.join(argv)}",
-        "base_model": name,
+        "data": f"{data}: {len(prepared.train):,} inputs to train on, {len(prepared.held_out):,} to evaluate.",
+        "command": command,
+        "base_model": recipe.model["name_or_path"],
     }
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
     metrics = trainer.evaluate()
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        plot_history(trainer.state.log_history, folder / "loss.png")
+        plot_history(trainer.state.log_history, Path(training.output_dir) / "loss.png")
         trainer.create_model_card()
-    return {key: value for key, value in metrics.items() if isinstance(value, float)}
+    timings = ("_runtime", "_per_second", "_time")
+    return {key: value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(timings)}
 
 
-def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
-    """Fine-tune with every seed; returns mean and standard deviation of every metric."""
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Fine-tune with every seed; returns mean, standard deviation and values of every metric."""
     argv = sys.argv[1:] if argv is None else argv
+    command = f"accelerate launch examples/finetune.py {shlex.join(argv)}"
     recipe = load_recipe(argv, data=DataArguments, training=FinetuneTrainingArguments)
-    seeds = [int(seed) for seed in recipe.data.seeds.split(",")] if recipe.data.seeds else [recipe.training.seed]
-    root = Path(recipe.training.output_dir)
-    runs = [train_once(recipe, seed, root / f"seed_{seed}" if len(seeds) > 1 else root, argv) for seed in seeds]
-    names = [name for name in runs[0] if not name.endswith(("_runtime", "_per_second"))]
-    summary = {
-        name: {
-            "mean": float(np.mean([run[name] for run in runs])),
-            "std": float(np.std([run[name] for run in runs], ddof=1)) if len(runs) > 1 else 0.0,
-            "values": [run[name] for run in runs],
-        }
-        for name in names
-    }
-    if recipe.training.process_index == 0:
-        result = {"command": f"examples/finetune.py {shlex.join(argv)}", "seeds": seeds, "metrics": summary}
-        (root / "results.json").write_text(json.dumps(result, indent=1))
-        for name, figures in summary.items():
-            print(f"{name}: {figures['mean']:.4f} ± {figures['std']:.4f} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+    training, root = recipe.training, Path(recipe.training.output_dir)
+    seeds = [int(seed) for seed in recipe.data.seeds.split(",")] if recipe.data.seeds else [training.seed]
+    prepared = PreparedTask.load(recipe)
+    runs = []
+    for seed in seeds:
+        if recipe.data.seeds:
+            training.seed = training.data_seed = seed
+        if len(seeds) > 1:
+            training.output_dir = str(root / f"seed_{seed}")
+        runs.append(train_once(recipe, prepared, command))
+
+    summary = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        summary[name] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    if training.process_index == 0:
+        results = {"command": command, "seeds": seeds, "metrics": summary}
+        (root / "results.json").write_text(json.dumps(results, indent=1))
+        for name, found in summary.items():
+            spread = "" if found["std"] is None else f" ± {found['std']:.4f} over seeds {recipe.data.seeds}"
+            print(f"{name}: {found['mean']:.4f}{spread}")
     return summary
 
 

@@ -42,7 +42,7 @@ from .layers.heads import (
     TokenClassificationHead,
     labelled_rows,
 )
-from .layers.linear_cross_entropy import linear_cross_entropy_sum
+from .layers.linear_cross_entropy import CHUNK_LOGITS, PLAIN_LOGITS, linear_cross_entropy_sum
 from .layers.losses import IGNORE, LossSum, check_labels, mean_loss
 from .layers.sampling import sample_categorical
 
@@ -296,31 +296,52 @@ class ElectraJointForPreTraining(GeneratorHead, ElectraJointPreTrainedModel):
         if self.config.uniform_generator and self.config.objective == "electra":
             total = math.log(self.config.vocab_size) * (targets != IGNORE).sum()
             logits = torch.zeros(places.shape[0], self.config.vocab_size, device=labels.device)
+            predicted, sampled = self._draw(logits, places, targets, seeds, length)
         else:
             hidden_states = self.generator_encoder()(input_ids, **inputs).last_hidden_state
             rows = self.generator_predictions(labelled_rows(hidden_states, labels, cap)[0])  # (M, E)
             table, bias = self.generator_lm_head.weight, self.generator_lm_head.bias
-            total = linear_cross_entropy_sum(rows, table, bias, targets)
-            logits = F.linear(rows.detach(), table.detach(), bias.detach()).float()  # (M, V)
-        predictions = (
-            labels.new_full((batch * length,), IGNORE).scatter(0, places, logits.argmax(1)).view(batch, length)
-        )
+            if torch.compiler.is_compiling() or rows.shape[0] * table.shape[0] <= PLAIN_LOGITS:
+                logits = F.linear(rows, table, bias)  # (M, V), for the loss and for the samples
+                total = F.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+                predicted, sampled = self._draw(logits.detach(), places, targets, seeds, length)
+            else:
+                total = linear_cross_entropy_sum(rows, table, bias, targets)
+                with torch.no_grad():
+                    chunk = max(1, CHUNK_LOGITS // table.shape[0])
+                    parts = zip(rows.split(chunk), places.split(chunk), targets.split(chunk))
+                    drawn = [self._draw(F.linear(r, table, bias), p, t, seeds, length) for r, p, t in parts]
+                predicted, sampled = (torch.cat(column) for column in zip(*drawn))
+        predictions = labels.new_full((batch * length,), IGNORE).scatter(0, places, predicted).view(batch, length)
         predictions = torch.where(labels == IGNORE, IGNORE, predictions)
-        samples = None
-        if self.config.objective == "electra":
-            if self.config.disallow_correct:
-                logits = logits.scatter_add(
-                    1, targets.clamp(min=0).unsqueeze(1), torch.full_like(logits[:, :1], -DISALLOWED)
-                )
-            sampled = sample_categorical(
-                logits,
-                method=self.config.sampling,
-                temperature=self.config.sampling_temperature,
-                seeds=seeds,
-                rows=None if seeds is None else (places // length, places % length),
-            )
-            samples = input_ids.flatten().scatter(0, places, sampled).view(batch, length)
+        samples = input_ids.flatten().scatter(0, places, sampled).view(batch, length)
         return Generated((total, (targets != IGNORE).sum()), predictions, samples)
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        places: torch.Tensor,
+        targets: torch.Tensor,
+        seeds: torch.Tensor | None,
+        length: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Most probable and sampled token, (M,) each, of logits (M, V) at places (M,) in the flattened batch."""
+        logits = logits.float()
+        predicted = logits.argmax(1)
+        if self.config.objective == "mlm":
+            return predicted, targets.clamp(min=0)
+        if self.config.disallow_correct:
+            penalty = torch.full_like(logits[:, :1], -DISALLOWED)
+            logits = logits.scatter_add(1, targets.clamp(min=0).unsqueeze(1), penalty)
+        sampled = sample_categorical(
+            logits,
+            method=self.config.sampling,
+            temperature=self.config.sampling_temperature,
+            seeds=seeds,
+            rows=None if seeds is None else (places // length, places % length),
+        )
+        return predicted, sampled
 
     def to_discriminator(self) -> ElectraForPreTraining:
         """The discriminator as transformers' own `ElectraForPreTraining`; `ValueError` if its encoder is not
@@ -370,7 +391,7 @@ class Generated:
 
     loss: LossSum
     predictions: torch.Tensor
-    samples: torch.Tensor | None
+    samples: torch.Tensor
 
 
 class ElectraJointForMaskedLM(GeneratorHead, ElectraJointPreTrainedModel):

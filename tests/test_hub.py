@@ -235,6 +235,43 @@ def test_push_then_load_in_a_process_without_bestiary(hub, tmp_path):
     assert hub.files("user/again")["encoder.py"] == first["encoder.py"]
 
 
+TRAIN = """
+import sys
+from transformers import AutoModelForPreTraining
+from bestiary.configuration.configuration_electra import ElectraJointConfig
+from bestiary.trainers.masking import ElectraMaskingCollator, SpecialTokens
+from bestiary.trainers.trainer_electra import ElectraTrainer, ElectraTrainingArguments
+
+encoder = dict(
+    vocab_size=30, embedding_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+    max_position_embeddings=16,
+)
+config = ElectraJointConfig(discriminator_config=encoder, generator_size_fraction=0.5)
+model = AutoModelForPreTraining.from_config(config)
+rows = [{"input_ids": [2, *range(5 + start, 13 + start), 3]} for start in range(16)]
+special = SpecialTokens(cls_id=2, sep_id=3, pad_id=0, mask_id=4, vocab_size=30)
+arguments = ElectraTrainingArguments(
+    output_dir=sys.argv[1], push_to_hub=True, hub_model_id="user/trained", hub_strategy="every_save", max_steps=4,
+    save_steps=2, logging_steps=1, warmup_steps=1, per_device_train_batch_size=4, disable_tqdm=True,
+)
+trainer = ElectraTrainer(model, arguments, data_collator=ElectraMaskingCollator(special), train_dataset=rows)
+trainer.train()
+trainer.push_to_hub()
+"""
+
+
+def test_a_trainer_pushes_weights_code_and_card(hub, tmp_path):
+    """Trainer(push_to_hub=True): the repository holds what loads without bestiary, and the card of the run."""
+    command = [sys.executable, "-P", "-c", TRAIN, str(tmp_path / "run")]
+    done = subprocess.run(command, env=hub.env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    files = hub.files("user/trained")
+    assert {"model.safetensors", "config.json", "modeling_electra.py", "training_args.bin", "README.md"} <= set(files)
+    card = files["README.md"].decode()
+    assert is_generated(card) and "discriminator_loss" in card and "ElectraJointForPreTraining" in card
+    assert b"AutoModelForPreTraining" in files["config.json"]
+
+
 def test_a_server_ends_with_its_block():
     with HubServer() as server:
         HfApi(endpoint=server.endpoint, token=server.token).create_repo("x")

@@ -8,8 +8,9 @@ micro-batch counts in most of its heads.
 Differences from `transformers.Trainer`, besides that:
 * collators that corrupt their input draw by `(seed, epoch, example)`, see `randomness.py`; evaluation always sees the
   same corruption;
-* evaluation leaves out the rows that distributed samplers repeat to fill the last batch, and averages over items, not
-  over batches;
+* the rows that distributed samplers repeat to fill the last round count for nothing, in training and in evaluation,
+  and evaluation averages over items, not over batches;
+* evaluation leaves the random generators as they were, so that it does not change the training that goes on after it;
 * a checkpoint also holds what was summed up since the last log line, so that a resumed run logs what the
   uninterrupted one would;
 * `resume_from_checkpoint=True` takes the newest complete checkpoint, and a failed save leaves no half-written one
@@ -17,10 +18,12 @@ Differences from `transformers.Trainer`, besides that:
 * `nn.DataParallel` is refused.
 """
 
+import contextlib
 import copy
+import itertools
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -29,6 +32,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..modeling.layers.losses import IGNORE
@@ -97,6 +101,7 @@ class BestiaryTrainer(Trainer):
             )
         self._train_sums, self._eval_sums = _Accumulator(), _Accumulator()
         self._logged_at = 0
+        self._last_batch_counts = True
         self.run_description: dict[str, Any] = {}
         """What only the caller knows of the run, for the card: `data`, `command`, `base_model`, ...
 
@@ -135,11 +140,22 @@ class BestiaryTrainer(Trainer):
 
     # Normalisation
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Micro-batches of one optimizer step, without repeated rows, and the number of their items."""
+        samples = []
+        for batch in itertools.islice(epoch_iterator, num_batches):
+            own, self._last_batch_counts = self._without_repeats(batch)
+            samples.append(own)
+        return samples, self._get_num_items_in_batch(samples, device)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         counts: Sums = {}
         for batch in batch_samples:
+            counted = self._last_batch_counts or batch is not batch_samples[-1]
             for name, count in self.count_items(batch).items():
-                counts[name] = counts.get(name, 0) + count.to(device)
+                counts[name] = counts.get(name, 0) + count.to(device) * counted
         return {name: value.clamp(min=1) for name, value in self._over_processes(counts).items()}
 
     def _over_processes(self, sums: Sums) -> Sums:
@@ -169,8 +185,10 @@ class BestiaryTrainer(Trainer):
         weights = self.loss_weights()
         loss = sum(weights[name] * part for name, part in parts.items())
         if model.training:
-            self._train_sums.add(parts, self._detached_metrics(outputs, inputs))
-            loss = loss * self.args.world_size  # distributed training averages gradients over processes
+            counted = self._last_batch_counts or not self.accelerator.sync_gradients
+            self._train_sums.add(parts, self._detached_metrics(outputs, inputs), counted=counted)
+            # distributed training averages gradients over processes
+            loss = loss * (self.args.world_size if counted else 0)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -218,7 +236,11 @@ class BestiaryTrainer(Trainer):
     ) -> EvalLoopOutput:
         """As in transformers, with losses and metrics that are exact over items."""
         self._eval_sums = _Accumulator()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # every pass over a DataLoader draws from the generator of dropout
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
         for name, value in self._figures(self._eval_sums, None).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
@@ -234,37 +256,36 @@ class BestiaryTrainer(Trainer):
         if not self.label_names or any(inputs.get(name) is None for name in self.label_names):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        real = self._without_repeats(inputs)
+        own, counted = self._without_repeats(inputs)
         loss = torch.zeros((), device=self.args.device)
-        outputs: Any = None
         with torch.no_grad(), self.compute_loss_context_manager():
-            if real is not None:
-                counts = {name: count.to(self.args.device) for name, count in self.count_items(real).items()}
-                sums, outputs = self.loss_sums(model, real)
-                self._eval_sums.add(sums, self._detached_metrics(outputs, real), counts)
-                weights = self.loss_weights()
-                for name, total in sums.items():
-                    loss = loss + weights[name] * total.detach() / counts[name].clamp(min=1)
+            counts = {name: count.to(self.args.device) for name, count in self.count_items(own).items()}
+            sums, outputs = self.loss_sums(model, own)
+            self._eval_sums.add(sums, self._detached_metrics(outputs, own), counts, counted)
+            weights = self.loss_weights()
+            for name, total in sums.items():
+                loss = loss + weights[name] * total.detach() / counts[name].clamp(min=1)
             if prediction_loss_only:
                 return loss, None, None
-            if real is not inputs:
+            if own is not inputs:
                 outputs = self.loss_sums(model, inputs)[1]
         logits = tuple(value.detach() for name, value in outputs.items() if name.endswith("logits"))
         labels = tuple(inputs[name] for name in self.label_names)
         return loss, _only(logits) if logits else None, _only(labels)
 
-    def _without_repeats(self, inputs: Batch) -> Batch | None:
-        """The batch without the rows that repeat others to fill the last round of all processes; None if it has no
-        other.
+    def _without_repeats(self, batch: Batch) -> tuple[Batch, bool]:
+        """The batch without the rows that repeat others to fill the last round of all processes, and True.
+
+        If it has no other rows it comes back whole, and False: the process takes part in the round with sums of zero.
         """
         state = self.accelerator.gradient_state
         if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        size = len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
+            return batch, True
+        size = len(next(value for value in batch.values() if isinstance(value, torch.Tensor)))
         kept = min(size, state.remainder - self.args.process_index * size)
-        if kept == size:
-            return inputs
-        return {name: value[:kept] for name, value in inputs.items()} if kept > 0 else None
+        if kept == size or kept <= 0:
+            return batch, kept > 0
+        return {name: value[:kept] for name, value in batch.items()}, True
 
     # Data
 
@@ -286,6 +307,11 @@ class BestiaryTrainer(Trainer):
                 dataset = self._remove_unused_columns(dataset, description=description)
             if not isinstance(dataset, IterableDataset):
                 dataset = ExampleKeys(dataset)
+            if is_training and self.args.dataloader_persistent_workers:
+                raise ValueError(
+                    f"{type(self.args).__name__}.dataloader_persistent_workers must be False: workers that live on "
+                    f"would not see {type(collator).__name__}'s epoch and corrupt every epoch alike."
+                )
             if not is_training:
                 self.data_collator = copy.copy(collator)
                 self.data_collator.set_epoch(EVALUATION_EPOCH)
@@ -360,11 +386,13 @@ class BestiaryTrainer(Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
+            if self.args.should_save:
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # what is overwritten is not complete
             super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save:
-                folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
@@ -387,14 +415,20 @@ class BestiaryTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
-        path = None if checkpoint is None else Path(checkpoint) / STATE_NAME.format(rank=self.args.process_index)
-        if path is None or not path.is_file():
+        if checkpoint is None:
             return
-        state = torch.load(path, weights_only=True, map_location=self.args.device)
-        self._tr_loss = state["loss"]
+        self._logged_at = self.state.global_step
+        path = Path(checkpoint) / STATE_NAME.format(rank=self.args.process_index)
+        state = torch.load(path, weights_only=True) if path.is_file() else {}
+        if state.get("world_size") != self.args.world_size:
+            return  # a share of the sums is missing: the next line is over the updates from here on
+        self._tr_loss = state["loss"].to(self.args.device)  # torch.load refuses the name "cpu:0" that processes have
         self._globalstep_last_logged = state["loss_since"]
         self._logged_at = state["logged_at"]
-        self._train_sums = _Accumulator(state["parts"], state["metrics"])
+        kinds = (state["parts"], state["metrics"])
+        self._train_sums = _Accumulator(
+            *({name: value.to(self.args.device) for name, value in kind.items()} for kind in kinds)
+        )
         # the final mean covers the steps of this call only
         self._total_loss_scalar = -self._over_processes({"loss": self._tr_loss})["loss"].item() / self.args.world_size
 
@@ -409,13 +443,17 @@ class BestiaryTrainer(Trainer):
     # Cards
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card of `args.output_dir` from the registry, the arguments and the log; arguments as in
-        transformers.
+        """Write the model card of `args.output_dir` from the registry, the arguments and the log, and the plot of the
+        losses; arguments as in transformers.
+
+        There is no plot without a finite loss in the log, or without matplotlib.
         """
         if not self.is_world_process_zero():
             return
-        from ..cards import write_model_card
+        from ..cards import plot_history, write_model_card
 
+        with contextlib.suppress(ValueError, ModuleNotFoundError):
+            plot_history(self.state.log_history, Path(self.args.output_dir) / "loss.png")
         write_model_card(
             self.args.output_dir, model=self.accelerator.unwrap_model(self.model), trainer_info=self.card_info()
         )
@@ -436,10 +474,12 @@ class _Accumulator:
     def __init__(self, parts: Sums | None = None, metrics: Sums | None = None):
         self.parts, self.metrics, self.counts = parts or {}, metrics or {}, Sums()
 
-    def add(self, parts: Sums, metrics: Sums, counts: Sums | None = None) -> None:
+    def add(self, parts: Sums, metrics: Sums, counts: Sums | None = None, counted: bool = True) -> None:
+        """Add values, or zeros of their shapes: all processes must hold the same names when sums are put together."""
         for kept, new in ((self.parts, parts), (self.metrics, metrics), (self.counts, counts or {})):
             for name, value in new.items():
-                kept[name] = kept[name] + value.detach() if name in kept else value.detach().clone()
+                value = value.detach() if counted else torch.zeros_like(value)
+                kept[name] = kept[name] + value if name in kept else value.clone()
 
 
 def _only(values: tuple) -> Any:
@@ -452,7 +492,7 @@ def is_complete(checkpoint: str | Path) -> bool:
     """
     folder = Path(checkpoint)
     try:
-        json.loads((folder / "trainer_state.json").read_text())
+        json.loads((folder / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return False
     return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*"))

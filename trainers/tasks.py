@@ -1,16 +1,19 @@
 """Labelled tasks by name: which head they need, how rows become model inputs, how predictions become scores.
 
-`TASKS` holds `classification`, `regression`, `tagging` and `qa` (extractive, in the form of SQuAD 1.1).
+`TASKS` holds `classification`, `regression`, `tagging` and `qa` (extractive, in the form of SQuAD 1.1); `PreparedTask`
+joins one with its data and gives trainers.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import transformers
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import (
+    AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     EvalPrediction,
@@ -19,9 +22,12 @@ from transformers import (
 )
 
 from ..modeling.layers.losses import IGNORE
-from .finetuning import classification_metrics, regression_metrics, tagging_metrics
+from .finetuning import FinetuneTrainer, classification_metrics, regression_metrics, tagging_metrics
 from .squad import best_answers, qa_features, squad_scores
 
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -113,7 +119,7 @@ def _load(name: str, source: str, *args: str, **kwargs: str) -> Any:
         return load_dataset(*args, **kwargs)
     except (OSError, DatasetGenerationError, StopIteration, ValueError) as error:  # by kind of damage, and no network
         raise ValueError(
-            f"TaskDataArguments.{name}={source!r} cannot be loaded: {error.__cause__ or error!r}."
+            f"TaskDataArguments.{name}={source!r} cannot be loaded, or has no rows: {error.__cause__ or error!r}."
         ) from error
 
 
@@ -364,3 +370,56 @@ TASKS: dict[str, type[Task]] = {
     "qa": QuestionAnswering,
 }
 """Tasks by name."""
+
+
+@dataclass
+class PreparedTask:
+    """A task with its tokenized rows, the same for every model that shares the tokenizer."""
+
+    task: Task
+    train: Dataset
+    held_out: Dataset
+    held_out_rows: Dataset
+
+    @classmethod
+    def load(cls, recipe: "Recipe") -> "PreparedTask":
+        """Read and tokenize what `recipe.data` (`TaskDataArguments`) names, once per machine.
+
+        Raises:
+            ValueError: the recipe names no model, or the data does not fit the task.
+        """
+        name = _checkpoint(recipe)
+        task_class = TASKS[recipe.data.task]
+        tokenizer = AutoTokenizer.from_pretrained(name, **task_class.tokenizer_options)
+        with recipe.training.main_process_first(desc="preparing the data"):
+            train, held_out = load_labelled(recipe.data)
+            task = task_class(recipe.data, tokenizer, train)
+            return cls(task, task.features(train, True), task.features(held_out, False), held_out)
+
+    def build_trainer(self, recipe: "Recipe") -> FinetuneTrainer:
+        """Trainer of the model that `recipe.model` names, with a new head, by `recipe.training`.
+
+        The head starts from the global generator; seed it before.
+
+        Raises:
+            ValueError: inputs are longer than the model's positions, or it has no head for the task.
+        """
+        name = _checkpoint(recipe)
+        config = recipe.build_config(**self.task.config_fields())
+        self.task.check_sizes(config)
+        return FinetuneTrainer(
+            getattr(transformers, self.task.auto_class).from_pretrained(name, config=config),
+            recipe.training,
+            data_collator=self.task.collator(),
+            train_dataset=self.train,
+            eval_dataset=self.held_out,
+            processing_class=self.task.tokenizer,
+            compute_metrics=self.task.metrics(self.held_out_rows, self.held_out),
+        )
+
+
+def _checkpoint(recipe: "Recipe") -> str:
+    name = recipe.model.get("name_or_path")
+    if name is None:
+        raise ValueError("Fine-tuning needs a model: give --name_or_path, a folder or a name on the Hub.")
+    return name

@@ -13,7 +13,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from datasets import DatasetDict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
@@ -86,11 +85,12 @@ class BertPretrainingTrainer(PretrainingTrainer):
     def metric_sums(self, outputs: Any, batch: Batch) -> Sums:
         if outputs.sentence_loss is None:
             return {}
-        right = outputs.seq_relationship_logits.argmax(-1) == batch["next_sentence_label"]
-        return {"sentence_right": right.sum(), "sentence_all": torch.tensor(right.numel(), device=right.device)}
+        labels = batch["next_sentence_label"]
+        right = outputs.seq_relationship_logits.argmax(-1) == labels  # never where there is no label
+        return {"sentence_right": right.sum(), "sentence_all": (labels != IGNORE).sum()}
 
     def metrics_from_sums(self, sums: Sums) -> dict[str, float]:
-        return {"sentence_accuracy": (sums["sentence_right"] / sums["sentence_all"]).item()}
+        return {"sentence_accuracy": sums["sentence_right"].item() / max(1, sums["sentence_all"].item())}
 
     @classmethod
     def build_datasets(

@@ -69,7 +69,7 @@ class ElectraTrainer(PretrainingTrainer):
             return sums
         real = batch["attention_mask"].bool()
         fake = outputs.is_fake[real]  # (N,)
-        probability = outputs.logits[real].float().sigmoid()
+        probability = outputs.logits[real].float().sigmoid().nan_to_num()  # a nan belongs in the loss, not in a bin
         bins = (probability * BINS).long().clamp(max=BINS - 1) + BINS * fake.long()
         return sums | {
             "sampled_right": (masked & ~outputs.is_fake).sum(),

@@ -11,7 +11,6 @@ official code computes the tanh form (at most 4.7e-4 apart): for its numbers to 
 
 import re
 from collections.abc import Callable, Mapping
-from typing import cast
 
 from transformers import BertConfig, PreTrainedModel
 from transformers.utils import logging
@@ -106,4 +105,4 @@ def _configuration(config: Settings, found: Mapping[str, int]) -> BertPretrainin
         )
     fields = {**found, **given}
     fields.pop("model_type", None)
-    return cast(BertPretrainingConfig, BertPretrainingConfig.from_stock(BertConfig(**fields)))
+    return BertPretrainingConfig.from_stock(BertConfig(**fields))

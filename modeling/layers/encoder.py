@@ -128,6 +128,7 @@ class EncoderPreTrainedModel(BestiaryPreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$"]  # a buffer in old BERT checkpoints
     _can_record_outputs = {"hidden_states": EncoderLayer, "attentions": EncoderSelfAttention}
 
     def post_init(self) -> None:

@@ -1,6 +1,6 @@
 """Cross-entropy of a linear layer without the (rows, vocabulary) logits in memory.
 
-Plain path: linear layer, then cross-entropy. Fast path, taken from about a thousand rows at a vocabulary of 30,000: the
+Plain path: linear layer, then cross-entropy. Fast path, from about a thousand rows at a vocabulary of 30,000 on: the
 same numbers chunk by chunk, the gradient made in the forward pass while a chunk's logits are at hand. It takes a tenth
 of the memory there and no more time; below the limit the plain path is as good.
 """

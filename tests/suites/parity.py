@@ -1,8 +1,8 @@
 """Official numbers against ours: reading a folder of them, and comparing with a table of every error.
 
-A folder has `config.json` and `inputs`, `outputs` and `weights` in safetensors. A parity test gets it from the fixture
-`parity_dir(slug)`, so that `pytest --parity-dir DIR` runs the same test on `DIR/<slug>`, whose sizes and options may be
-others: whatever depends on them is read from the folder.
+A folder has `config.json`, and `inputs`, `outputs` and `weights` in safetensors. A parity test gets it from the
+fixture `parity_dir(slug)`, so that `pytest --parity-dir DIR` runs the same test on `DIR/<slug>`, whose sizes and
+options may be others: whatever depends on them is read from the folder.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""What every trainer of the zoo must do. The test of a paper's trainer is one subclass that gives a tiny model and data.
+"""What every trainer of the zoo must do.
 
-The checks that need processes of their own start this file as a module (see `main`): two processes by torchrun for the
-split of a batch, one process that is killed for resuming.
+The test of a paper's trainer is one subclass of `TrainerSuite` that gives a tiny model, rows and the collator; a
+variant of the objective may take `ObjectiveSuite`, its cheaper half. The checks that need processes of their own start
+this file as a module (see `main`): two processes by torchrun for the split of a batch, one process that is killed.
 """
 
 import errno
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 from bestiary import get_paper
 from bestiary.registry import load_object
-from bestiary.trainers.base import BestiaryTrainer, is_complete, last_complete_checkpoint
+from bestiary.trainers.base import BestiaryTrainer, KeyedCollator, is_complete, last_complete_checkpoint
 
 
 TESTS = Path(__file__).parents[1]
@@ -90,7 +91,7 @@ class Kill(TrainerCallback):
 
 
 def logged(trainer: BestiaryTrainer) -> list[Row]:
-    """The log without clock times and without the mean loss of the call, which a resumed run has over its own steps."""
+    """The log without clock times and without the mean loss of the call, which is over the steps of that call."""
     timed = ("_runtime", "_per_second", "train_loss", "preparation_time")
     return [{k: v for k, v in entry.items() if not k.endswith(timed)} for entry in trainer.state.log_history]
 
@@ -109,7 +110,9 @@ def differences(first: Any, second: Any, where: str = "") -> list[str]:
     """Places at which two nests of dictionaries, lists, tensors and numbers are not equal, bit for bit."""
     if isinstance(first, dict) and isinstance(second, dict):
         places = [f"{where}/{key} is missing on one side" for key in first.keys() ^ second.keys()]
-        return places + [p for k in first.keys() & second.keys() for p in differences(first[k], second[k], f"{where}/{k}")]
+        return places + [
+            p for k in first.keys() & second.keys() for p in differences(first[k], second[k], f"{where}/{k}")
+        ]
     if isinstance(first, list | tuple) and isinstance(second, list | tuple) and len(first) == len(second):
         return [p for i, pair in enumerate(zip(first, second)) for p in differences(*pair, f"{where}/{i}")]
     if isinstance(first, torch.Tensor):
@@ -136,8 +139,8 @@ def assert_same_updates(found: Recording, expected: Recording, what: str) -> Non
         assert ours == pytest.approx(theirs, rel=1e-6), what
 
 
-class TrainerSuite:
-    """Mixin for a paper's trainer.
+class ObjectiveSuite:
+    """Mixin: the loss, its parts, the split of a batch over accumulation steps, evaluation.
 
     Attributes:
         slug: the paper's entry in the registry.
@@ -149,7 +152,7 @@ class TrainerSuite:
     parts: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = ()
 
-    # ------------------------------------------------------------------------------------------- what a subclass gives
+    # ---- what a subclass gives
 
     def make_model(self, dropout: float) -> PreTrainedModel:
         """A tiny model of at least 2 layers; the suite has seeded torch."""
@@ -179,7 +182,7 @@ class TrainerSuite:
             for row, length in enumerate(lengths)
         ]
 
-    # ------------------------------------------------------------------------------------------------------- building
+    # ---- building
 
     def make_trainer(
         self,
@@ -187,14 +190,12 @@ class TrainerSuite:
         dropout: float = 0.0,
         rows: int = ROWS,
         eval_rows: int = 6,
-        model: PreTrainedModel | None = None,
         **arguments: Any,
     ) -> BestiaryTrainer:
         """The paper's trainer on `rows` examples, its arguments changed by `arguments`."""
         paper = get_paper(self.slug)
-        if model is None:
-            torch.manual_seed(0)
-            model = self.make_model(dropout)
+        torch.manual_seed(0)
+        model = self.make_model(dropout)
         common = {
             "output_dir": str(output_dir),
             "max_steps": 4,
@@ -231,36 +232,23 @@ class TrainerSuite:
         trainer.add_callback(GradientRecorder(recording))
         trainer.train()
         hook.remove()
-        recording.logs = [entry for entry in logged(trainer) if "loss" in entry]
+        lines = [entry for entry in logged(trainer) if "loss" in entry]
+        # transformers counts epochs in micro-batches, of which the last update of an epoch may have fewer
+        recording.logs = [{name: value for name, value in line.items() if name != "epoch"} for line in lines]
         return recording
 
     def record_split(self, output_dir: Path, **split: int) -> Recording:
         """The run that all splits of a batch of 8 must share; the steps of SGD do not blow up rounding errors."""
         return self.record(self.make_trainer(output_dir, **PLAIN | SPLIT_RUN | split))
 
-    def start(self, task: str, folder: Path, processes: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
-        """Run the method `task` of this class in other processes."""
-        source = Path(inspect.getfile(type(self)))
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(processes)]
-        command = [
-            sys.executable,
-            *(launcher if processes > 1 else []),
-            *("-m", "suites.trainer_suite", source.stem, type(self).__name__, task, str(folder)),
-        ]
-        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
-        paths = os.pathsep.join([str(TESTS), str(source.parent), os.environ.get("PYTHONPATH", "")])
-        return subprocess.run(
-            command, env=os.environ | threads | {"PYTHONPATH": paths}, timeout=timeout, capture_output=True, text=True
-        )
-
-    # -------------------------------------------------------------------------------------------------- loss and its log
+    # ---- loss and its log
 
     def test_loss_falls(self, tmp_path):
-        trainer = self.make_trainer(tmp_path, rows=8, per_device_train_batch_size=8, max_steps=40, learning_rate=1e-2)
+        trainer = self.make_trainer(tmp_path, max_steps=40)
+        before = trainer.evaluate(self.make_rows(ROWS))
         trainer.train()
-        losses = torch.tensor([entry["loss"] for entry in logged(trainer) if "loss" in entry])
-        assert len(losses) == 40
-        assert losses[-10:].mean() < 0.8 * losses[:5].mean()
+        after = trainer.evaluate(self.make_rows(ROWS))
+        assert after["eval_loss"] < 0.9 * before["eval_loss"]
 
     def test_parts_and_metrics_are_logged(self, tmp_path):
         trainer = self.make_trainer(tmp_path, logging_steps=2)
@@ -286,22 +274,81 @@ class TrainerSuite:
         trainer.train()
         assert math.isnan(next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry))
 
-    # ------------------------------------------------------------------------------------------------ splits of a batch
+    # ---- splits of a batch
 
     @pytest.fixture(scope="class")
-    def whole(self, tmp_path_factory) -> Recording:
+    @classmethod
+    def whole(cls, tmp_path_factory) -> Recording:
         """The run with batches of 8, one process, no accumulation."""
-        return self.record_split(tmp_path_factory.mktemp("whole"), **SPLITS["8"])
+        return cls().record_split(tmp_path_factory.mktemp("whole"), **SPLITS["8"])
 
     def test_accumulation_gives_the_same_update(self, whole, tmp_path):
         counts = [len(rows) for rows in whole.rows]
         assert counts == [8, 8, 4, 8] and len(whole.logs) == 2
-        assert set(whole.rows[0]).isdisjoint(whole.rows[3]), "the second epoch has the draws of the first"
+        if isinstance(self.make_collator(), KeyedCollator):
+            repeated = set(whole.rows[3]) & {row for rows in whole.rows[:3] for row in rows}
+            assert len(repeated) < 4, "the second epoch has the draws of the first"
         assert_same_updates(self.record_split(tmp_path, **SPLITS["2 x 4"]), whole, "2 x 4")
 
+    # ---- evaluation
+
+    def test_evaluation_is_reproducible_and_does_not_touch_training(self, tmp_path):
+        plain = self.make_trainer(tmp_path / "plain", dropout=DROPOUT)
+        plain.train()
+        trainer = self.make_trainer(tmp_path / "evaluated", dropout=DROPOUT, eval_strategy="steps", eval_steps=2)
+        trainer.train()
+        ours, theirs = outcome(trainer), outcome(plain)
+        evaluations = [entry for entry in ours["log"] if "eval_loss" in entry]
+        ours["log"] = [entry for entry in ours["log"] if "eval_loss" not in entry]
+        assert len(evaluations) == 2 and differences(ours, theirs) == []
+        if isinstance(trainer.data_collator, KeyedCollator):
+            trainer.data_collator.set_epoch(7)  # an evaluation has draws of its own
+        trainer.evaluate()
+        assert logged(trainer)[-1] == evaluations[-1]
+
+
+class TrainerSuite(ObjectiveSuite):
+    """Mixin for a paper's trainer: the objective, and what needs other processes, checkpoints, workers and a card."""
+
+    def start(self, task: str, folder: Path, processes: int = 1, timeout: float = 240) -> tuple[int, str]:
+        """Run the method `task` of this class in other processes; returns the exit code and what they printed."""
+        source = Path(inspect.getfile(type(self)))
+        launcher = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr",
+            "127.0.0.1",
+            "--nproc-per-node",
+            str(processes),
+        ]
+        command = [
+            sys.executable,
+            *(launcher if processes > 1 else []),
+            *("-m", "suites.trainer_suite", source.stem, type(self).__name__, task, str(folder)),
+        ]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TOKENIZERS_PARALLELISM": "false"}
+        paths = os.pathsep.join([str(TESTS), str(source.parent), os.environ.get("PYTHONPATH", "")])
+        process = subprocess.Popen(
+            command,
+            env=os.environ | threads | {"PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:  # the launcher and all that it started
+                os.killpg(process.pid, signal.SIGKILL)
+        return process.returncode, output
+
+    # ---- two processes
+
     def test_two_processes_give_the_same_update(self, whole, tmp_path):
-        done = self.start("run_two_processes", tmp_path, processes=2)
-        assert done.returncode == 0, done.stderr[-4000:]
+        code, output = self.start("run_two_processes", tmp_path, processes=2)
+        assert code == 0, output[-4000:]
         ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
         for found in ranks:
             assert found["setting"] == {"world": 2, "backend": "gloo", "wrapper": "DistributedDataParallel"}
@@ -325,7 +372,9 @@ class TrainerSuite:
 
     def run_two_processes(self, folder: Path) -> None:
         """What each of two processes does for `test_two_processes_give_the_same_update`."""
-        found: dict[str, Any] = {name: self.record_split(folder / name, **split) for name, split in SPLITS_OVER_TWO.items()}
+        found: dict[str, Any] = {
+            name: self.record_split(folder / name, **split) for name, split in SPLITS_OVER_TWO.items()
+        }
         found["evaluations"] = self.evaluations(folder / "two")
         run = RUN | {"per_device_train_batch_size": 1, "max_steps": 5, "eval_strategy": "no"}
         trainer = self.make_trainer(folder / "straight", dropout=DROPOUT, **run)
@@ -342,28 +391,14 @@ class TrainerSuite:
         torch.save(found, folder / f"rank{trainer.args.process_index}.pt")
         torch.distributed.destroy_process_group()
 
-    # ------------------------------------------------------------------------------------------------------- evaluation
-
-    def test_evaluation_is_reproducible_and_does_not_touch_training(self, tmp_path):
-        plain = self.make_trainer(tmp_path / "plain", dropout=DROPOUT)
-        plain.train()
-        trainer = self.make_trainer(tmp_path / "evaluated", dropout=DROPOUT, eval_strategy="steps", eval_steps=2)
-        trainer.train()
-        ours, theirs = outcome(trainer), outcome(plain)
-        evaluations = [entry for entry in ours["log"] if "eval_loss" in entry]
-        ours["log"] = [entry for entry in ours["log"] if "eval_loss" not in entry]
-        assert len(evaluations) == 2 and differences(ours, theirs) == []
-        trainer.data_collator.set_epoch(7)
-        trainer.evaluate()
-        assert logged(trainer)[-1] == evaluations[-1]
-
-    # ------------------------------------------------------------------------------------------- checkpoints and resuming
+    # ---- checkpoints and resuming
 
     @pytest.fixture(scope="class")
-    def uninterrupted(self, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    @classmethod
+    def uninterrupted(cls, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
         """Folder and outcome of a run that saved after every update."""
         folder = tmp_path_factory.mktemp("uninterrupted")
-        trainer = self.make_trainer(folder, dropout=DROPOUT, rows=16, **RUN | {"save_steps": 1})
+        trainer = cls().make_trainer(folder, dropout=DROPOUT, rows=16, **RUN | {"save_steps": 1})
         trainer.train()
         return folder, outcome(trainer)
 
@@ -376,8 +411,8 @@ class TrainerSuite:
 
     def check_killed(self, task: str, left: int, uninterrupted: tuple[Path, dict[str, Any]], folder: Path) -> None:
         """Run a task that kills itself, then resume: the newest whole checkpoint must be the one of update `left`."""
-        done = self.start(task, folder)
-        assert done.returncode == -signal.SIGKILL, done.stderr[-4000:]
+        code, output = self.start(task, folder)
+        assert code == -signal.SIGKILL, output[-4000:]
         assert last_complete_checkpoint(folder) == str(folder / f"checkpoint-{left}")
         trainer = self.make_trainer(folder, dropout=DROPOUT, rows=16, **RUN)
         trainer.train(resume_from_checkpoint=True)
@@ -433,7 +468,7 @@ class TrainerSuite:
         trainer.train(resume_from_checkpoint=True)
         assert trainer.state.global_step == 4 and is_complete(tmp_path / "checkpoint-4")
 
-    # ------------------------------------------------------------------------------------------------------------- data
+    # ---- data
 
     def test_workers_give_the_same_batches(self, tmp_path):
         runs = []
@@ -443,7 +478,7 @@ class TrainerSuite:
             runs.append((self.record(trainer).rows, outcome(trainer)))
         assert runs[0][0] == runs[1][0] and differences(runs[0][1], runs[1][1]) == []
 
-    # --------------------------------------------------------------------------------------------- optimizer, schedule, card
+    # ---- optimizer, schedule, card
 
     def test_layerwise_rates(self, tmp_path):
         trainer = self.make_trainer(tmp_path, layerwise_lr_decay=0.5, learning_rate=1.0, weight_decay=0.01)
@@ -467,7 +502,12 @@ class TrainerSuite:
         trainer.save_model()
         trainer.create_model_card()
         card = (tmp_path / "README.md").read_text()
-        for text in (get_paper(self.slug).title, "twenty made-up rows", f"{loss:.4g}", "![Loss over optimizer steps](loss.png)"):
+        for text in (
+            get_paper(self.slug).title,
+            "twenty made-up rows",
+            f"{loss:.4g}",
+            "![Loss over optimizer steps](loss.png)",
+        ):
             assert text in card
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
