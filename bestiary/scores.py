@@ -121,7 +121,7 @@ def masked_lm_scores(
             with torch.no_grad():
                 logits = model(input_ids=ids, attention_mask=real).logits  # (B, 1 or T, V)
             logits = logits[:, 0] if logits.shape[1] == 1 else logits[each, at]
-            chosen = logits.double().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+            chosen = logits.float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
             np.add.at(sums, owners, chosen.cpu().numpy())
     finally:
         if hook is not None:

@@ -355,7 +355,10 @@ class TestElectraOverBert(ElectraSuite):
         "generator_config": config.generator_config.to_dict() | {"embedding_size": 32},
     }
     bad_config = (
-        ({"discriminator_config": ENCODER | {"model_type": "bestiary-bert", "unpad_threshold": -1}}, "unpad_threshold"),
+        (
+            {"discriminator_config": ENCODER | {"model_type": "bestiary-bert", "unpad_threshold": -1}},
+            "unpad_threshold",
+        ),
     )
 
 

@@ -36,6 +36,7 @@ OVERRIDE = """
 data:
   dataset: null
   train_file: text.txt
+  validation_fraction: 0.2
   tokenizer: tokenizer
   max_length: 32
 training:
@@ -141,7 +142,8 @@ def test_script_is_short_and_knows_no_model(path):
         for node in ast.walk(tree)
         for part in (
             [node.test] if isinstance(node, ast.If | ast.IfExp | ast.While | ast.Assert)
-            else [node] if isinstance(node, ast.Compare | ast.match_case)
+            else [node.pattern] if isinstance(node, ast.match_case)
+            else [node] if isinstance(node, ast.Compare)
             else node.keys if isinstance(node, ast.Dict)
             else []
         )
@@ -200,6 +202,7 @@ def test_tiny_recipe_runs_saves_resumes_and_reloads(name, workplace, monkeypatch
     trained = weights(run)
     assert any((value != weights(run / "checkpoint-1")[name]).any() for name, value in trained.items())
 
+    first_step = (run / "checkpoint-1/model.safetensors").stat().st_mtime_ns
     (run / "checkpoint-2").rename(workplace / "aside")
     (run / "model.safetensors").unlink()
     resume = ["--config", name, "override.yaml", "--resume_from_checkpoint", "last"]
@@ -212,6 +215,7 @@ def test_tiny_recipe_runs_saves_resumes_and_reloads(name, workplace, monkeypatch
         torch.set_num_threads(threads)
     else:
         launch(workplace, "pretrain.py", *resume)
+    assert (run / "checkpoint-1/model.safetensors").stat().st_mtime_ns == first_step, "it started anew"
     assert_close(weights(run), trained, atol=0, rtol=0)
     again = json.loads((run / "trainer_state.json").read_text())["log_history"]
     losses = [[entry["loss"] for entry in entries if "loss" in entry] for entries in (history, again)]

@@ -668,8 +668,10 @@ def test_script_resumes(run, folders, tmp_path):
     rows = [*colours(16)]
     options = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "no")
     whole = run(folders.electra, *options, rows=rows)
+    half = (tmp_path / "out/checkpoint-2/model.safetensors").stat().st_mtime_ns
     (tmp_path / "out/checkpoint-4").rename(tmp_path / "aside")
     again = run(folders.electra, *options, "--resume_from_checkpoint", "last", rows=rows)
+    assert (tmp_path / "out/checkpoint-2/model.safetensors").stat().st_mtime_ns == half, "it started anew"
     assert again == whole
     first, second = (torch.load(tmp_path / f"{place}/optimizer.pt") for place in ("aside", "out/checkpoint-4"))
     assert_close(first["state"], second["state"], atol=0, rtol=0)

@@ -37,7 +37,9 @@ def test_every_piece_of_a_paper_is_there(slug):
     missing = [name for name in wanted if not (ROOT / name).is_file()]
     assert not missing
     tiny = ROOT / f"examples/recipes/{slug}_tiny.yaml"
-    assert [path for path in tiny.parent.glob(f"{slug}_*.yaml") if path != tiny], "no recipe with the published setting"
+    assert [path for path in tiny.parent.glob(f"{slug}_*.yaml") if path != tiny], (
+        "no recipe with the published setting"
+    )
     test = (ROOT / f"tests/test_{slug}.py").read_text(encoding="utf-8")
     assert "EncoderSuite" in test and f'slug = "{slug}"' in test
 
@@ -149,7 +151,10 @@ NamesakeConfig.__name__ = ElectraJointConfig.__name__
         ({"slug": "rt", "config": ThievishConfig}, "followed by '-rt'"),
         ({"config": NamesakeConfig}, "ElectraJointConfig .* clashes with .* of 'electra'"),
         ({"config": StockConfig}, "transformers has a ElectraConfig already"),
-        ({"models": {"AutoModelForTelepathy": BertPretrainingModel}}, "'AutoModelForTelepathy', which is no auto class"),
+        (
+            {"models": {"AutoModelForTelepathy": BertPretrainingModel}},
+            "'AutoModelForTelepathy', which is no auto class",
+        ),
         ({"models": {"AutoConfig": BertPretrainingModel}}, "'AutoConfig', which is no auto class"),
         ({"models": {"AutoModel": BertPretrainingModel}}, "BertPretrainingModel is built from BertPretrainingConfig"),
     ],

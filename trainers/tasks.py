@@ -7,7 +7,7 @@ joins one with its data and gives trainers.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import transformers
 from datasets import ClassLabel, Dataset, load_dataset
@@ -16,7 +16,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
@@ -28,6 +27,9 @@ from .squad import best_answers, qa_features, squad_scores
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
+
+Metrics: TypeAlias = Callable[[Any], dict[str, float]]
+"""Scores of a `transformers.EvalPrediction`, by name."""
 
 _BUILDERS = {".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -89,7 +91,8 @@ def load_labelled(data: TaskDataArguments) -> tuple[Dataset, Dataset]:
 
         splits = load_demo("labelled")
     else:
-        splits = _load("dataset", data.dataset, *data.dataset.split(":", 1))
+        name = str(data.dataset)
+        splits = _load("dataset", name, *name.split(":", 1))
     held_out = data.eval_split or ("test" if "test" in splits else "validation")
     for split in ("train", held_out):
         if split not in splits or len(splits[split]) == 0:
@@ -161,7 +164,7 @@ class Labels:
 
 
 class Task:
-    """One kind of task, with its data arguments, a tokenizer and the training rows, which name the classes."""
+    """One kind of task, with its data arguments and a tokenizer; the training rows may say more of it."""
 
     auto_class: ClassVar[str]
     problem_type: ClassVar[str | None] = None
@@ -175,20 +178,15 @@ class Task:
                 f"{type(tokenizer).__name__} is none."
             )
         self.data, self.tokenizer = data, tokenizer
-        self.labels = self.find_labels(train)
 
     @staticmethod
     def columns(data: TaskDataArguments) -> list[str]:
         """Columns that must be there."""
         return [data.text_column, data.label_column, *([data.pair_column] if data.pair_column else [])]
 
-    def find_labels(self, train: Dataset) -> Labels | None:
-        """The classes, where the task has them."""
-        return None
-
     def output_names(self) -> list[str]:
         """Names of what the head gives for a text or a token."""
-        return self.labels.names if self.labels else ["LABEL_0"]
+        return ["LABEL_0"]
 
     def config_fields(self) -> dict[str, Any]:
         """Fields of the model's configuration that the task determines."""
@@ -246,12 +244,27 @@ class Task:
         """What pads."""
         return DataCollatorWithPadding(self.tokenizer)
 
-    def metrics(self, rows: Dataset, features: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
+    def metrics(self, rows: Dataset, features: Dataset) -> Metrics:
         """Scores of the predictions on `features`, which were made of `rows`."""
         raise NotImplementedError
 
 
-class Classification(Task):
+class LabelledTask(Task):
+    """A task with classes, which the training rows name."""
+
+    def __init__(self, data: TaskDataArguments, tokenizer: PreTrainedTokenizerBase, train: Dataset):
+        super().__init__(data, tokenizer, train)
+        self.labels = self.find_labels(train)
+
+    def find_labels(self, train: Dataset) -> Labels:
+        """The classes."""
+        raise NotImplementedError
+
+    def output_names(self) -> list[str]:
+        return self.labels.names
+
+
+class Classification(LabelledTask):
     """One class for a text or a pair of texts."""
 
     auto_class = "AutoModelForSequenceClassification"
@@ -264,7 +277,7 @@ class Classification(Task):
     def to_label(self, value: Any) -> int:
         return self.labels.number(value)
 
-    def metrics(self, rows: Dataset, features: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
+    def metrics(self, rows: Dataset, features: Dataset) -> Metrics:
         return lambda result: classification_metrics(result.predictions, result.label_ids)
 
 
@@ -281,11 +294,11 @@ class Regression(Task):
             )
         return float(value)
 
-    def metrics(self, rows: Dataset, features: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
+    def metrics(self, rows: Dataset, features: Dataset) -> Metrics:
         return lambda result: regression_metrics(result.predictions, result.label_ids)
 
 
-class Tagging(Task):
+class Tagging(LabelledTask):
     """A tag for every word; the first piece of a word carries it (Devlin et al., 2018, section 5.3)."""
 
     auto_class = "AutoModelForTokenClassification"
@@ -321,7 +334,7 @@ class Tagging(Task):
     def collator(self) -> Callable:
         return DataCollatorForTokenClassification(self.tokenizer)
 
-    def metrics(self, rows: Dataset, features: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
+    def metrics(self, rows: Dataset, features: Dataset) -> Metrics:
         return lambda result: tagging_metrics(result.predictions, result.label_ids, self.labels.names)
 
 
@@ -349,8 +362,8 @@ class QuestionAnswering(Task):
             with_offsets=not training,
         )
 
-    def metrics(self, rows: Dataset, features: Dataset) -> Callable[[EvalPrediction], dict[str, float]]:
-        def scores(result: EvalPrediction) -> dict[str, float]:
+    def metrics(self, rows: Dataset, features: Dataset) -> Metrics:
+        def scores(result: Any) -> dict[str, float]:
             guesses = best_answers(
                 result.predictions,
                 features["offsets"],
