@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import configuration_auto, modeling_auto
 
 
@@ -29,7 +29,7 @@ class Paper:
     year: int
     summary: str
     config: type[PreTrainedConfig]
-    models: dict[str, type]
+    models: dict[str, type[PreTrainedModel]]
     arxiv: str | None = None
     kind: str = "architecture"
     trainer: str | None = None

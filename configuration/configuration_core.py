@@ -71,6 +71,8 @@ class EncoderConfig(BestiaryConfig):
         embedding_size: width of the embedding tables when it differs from `hidden_size`; a linear map joins the two.
         unpad_threshold: share of padding (0 to 1) above which a batch is run on its real tokens only, packed into
             rows; None never. Outputs at real tokens are equal; outputs at padding are zero.
+        max_predictions_per_sequence: largest number of labels in a sequence of a masked language model; torch.compile
+            needs it for static shapes (None computes vocabulary logits everywhere there).
     """
 
     vocab_size: int = 30522
@@ -89,6 +91,7 @@ class EncoderConfig(BestiaryConfig):
     classifier_dropout: float | int | None = None
     embedding_size: int | None = None
     unpad_threshold: float | int | None = None
+    max_predictions_per_sequence: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.embedding_size is None:

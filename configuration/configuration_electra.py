@@ -13,6 +13,10 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_core import BestiaryConfig, refuse_near_misses
 
 
+NEEDED = ("intermediate_size", "hidden_act", "hidden_dropout_prob", "layer_norm_eps", "max_position_embeddings")
+"""Fields of an encoder that the objective and the heads read, beside those that every configuration has."""
+
+
 def _size(hidden: int, layers: int, heads: int, embedding: int, fraction: float) -> dict[str, Any]:
     encoder = {
         "hidden_size": hidden,
@@ -30,8 +34,8 @@ class ElectraJointConfig(BestiaryConfig):
 
     Args:
         discriminator_config: configuration (or its dictionary; `model_type` defaults to `"electra"`) of the encoder
-            that is kept. Any encoder with an auto class will do whose embedding width can differ from its hidden
-            width.
+            that is kept. Any type with an auto class and BERT's field names will do; a narrower generator that shares
+            its embeddings needs one with an `embedding_size` of its own.
         generator_config: the same for the generator; None derives it from the discriminator by the two fractions.
         generator_size_fraction: generator width / discriminator width (paper, table 6: small 1/4, base 1/3, large
             1/4). Heads become max(1, width // 64), the feed-forward width 4 * width.
@@ -43,12 +47,14 @@ class ElectraJointConfig(BestiaryConfig):
             the same distribution with one uniform number a position, many times cheaper on a CPU.
         disallow_correct: never sample the original token, so that every masked position is a fake one.
         tie_generator_embeddings: both networks use the same word, position and token-type tables and the same
-        LayerNorm. untied_generator: False makes the generator the discriminator's own encoder ("all weights tied",
-        section 3.2). uniform_generator: replacements are uniform over the vocabulary and nothing is learned to
-        generate them. objective: `"electra"`, or `"mlm"` for the control: the discriminator's encoder as a plain
-        masked language model. max_predictions_per_sequence: largest number of masked positions in a sequence;
-        torch.compile needs it for static shapes. classifier_dropout: dropout rate before a classification layer; None
-        means the encoder's.
+            LayerNorm.
+        untied_generator: False makes the generator the discriminator's own encoder ("all weights tied", section 3.2).
+        uniform_generator: replacements are uniform over the vocabulary and nothing is learned to generate them.
+        objective: `"electra"`, or `"mlm"` for the control: the discriminator's encoder as a plain masked language
+            model.
+        max_predictions_per_sequence: largest number of masked positions in a sequence; torch.compile needs it for
+            static shapes.
+        classifier_dropout: dropout rate before a classification layer; None means the encoder's.
 
     Raises:
         ValueError: a value out of range, or two encoders that cannot share what they are asked to share.
@@ -227,10 +233,19 @@ def embedding_size(config: PreTrainedConfig) -> int:
 
 
 def _as_config(given: Any) -> PreTrainedConfig:
-    if isinstance(given, PreTrainedConfig):
-        return given
-    if not isinstance(given, dict):
+    config = _from_fields(given) if isinstance(given, dict) else given
+    if not isinstance(config, PreTrainedConfig):
         raise ValueError(f"ElectraJointConfig: an encoder is given as a configuration or a dictionary, got {given!r}.")
+    absent = [name for name in NEEDED if not hasattr(config, name)]
+    if absent:
+        raise ValueError(
+            f"ElectraJointConfig cannot wrap the encoder type {config.model_type!r}, which has no "
+            f"{', '.join(absent)}; wrap a type with BERT's field names (electra, bert, roberta, bestiary-bert, ...)."
+        )
+    return config
+
+
+def _from_fields(given: dict[str, Any]) -> PreTrainedConfig:
     fields = dict(given)
     model_type = fields.pop("model_type", "electra")
     if model_type not in CONFIG_MAPPING:

@@ -2,8 +2,8 @@
 
 Clark, Luong, Le, Manning, ICLR 2020, arXiv 2003.10555. Official code: google-research/electra (Apache-2.0,
 TensorFlow). A generator fills masked positions, a discriminator says of every token whether it was replaced; both are
-trained at once and the discriminator is kept. Any encoder with an auto class can be either of them. Parameter names
-are those of transformers' ELECTRA, with the generator's encoder under `generator.`.
+trained at once and the discriminator is kept. Any encoder with an auto class and BERT's field names can be either of
+them. Parameter names are those of transformers' ELECTRA, with the generator's encoder under `generator.`.
 
 Differences from the paper: the embedding block that both networks share is that of the official code (word, position
 and token-type tables and the LayerNorm), where the paper speaks of token and position embeddings.

@@ -108,6 +108,10 @@ class TestElectra(ElectraSuite):
         ({"generator_config": SMALLER | {"num_attention_heads": 5}}, "24 is no multiple of num_attention_heads 5"),
         ({"generator_config": SMALLER | {"hiden_size": 8}}, "did you mean 'hidden_size'"),
         ({"generator_config": SMALLER | {"model_type": "elektra"}}, "no encoder type 'elektra'"),
+        (
+            {"discriminator_config": {"model_type": "distilbert"}},
+            "wrap .*'distilbert', which has no .*hidden_act",
+        ),
         ({"hidden_size": 64}, "no field 'hidden_size' of its own; give it in discriminator_config"),
         ({"vocab_size": 50}, "vocab_size is 50, but 99 in discriminator_config"),
     )
@@ -149,7 +153,7 @@ class TestElectra(ElectraSuite):
         with pytest.raises(ValueError, match="no size 'tiny'; there are small, base, large"):
             ElectraJointConfig.from_size("tiny")
 
-    # --------------------------------------------------------------------------------------------------- joint training
+    # -------------------------------------------------------------------------------------------------- joint training
 
     def test_discriminator_loss_reaches_the_shared_embeddings_only(self):
         model = self.build(ElectraJointForPreTraining)

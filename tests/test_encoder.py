@@ -1,4 +1,4 @@
-"""What the shared encoder offers to papers and none of them has switched on yet: hooks, pre-norm layers, other masks."""
+"""What the shared encoder offers to papers and none has switched on yet: hooks, pre-norm layers, other masks."""
 
 import pytest
 import torch

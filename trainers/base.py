@@ -101,8 +101,8 @@ class BestiaryTrainer(Trainer):
             )
         if self.args.label_smoothing_factor:
             raise ValueError(
-                f"{type(self).__name__}: label_smoothing_factor={self.args.label_smoothing_factor} is not supported, since "
-                "the objective computes its own sums; leave it at 0."
+                f"{type(self).__name__}: label_smoothing_factor={self.args.label_smoothing_factor} is not supported, "
+                "since the objective computes its own sums; leave it at 0."
             )
         self._train_sums, self._eval_sums = _Accumulator(), _Accumulator()
         self._logged_at = 0

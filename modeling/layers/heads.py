@@ -152,14 +152,10 @@ class LanguageModelHead(Head):
         self.cls.predictions.decoder = new_embeddings
         self.cls.predictions.bias = new_embeddings.bias
 
-    def max_labels_per_sequence(self) -> int | None:
-        """Largest number of labels in a sequence, for static shapes under torch.compile; None if unknown."""
-        return getattr(self.config, "max_predictions_per_sequence", None)
-
     def masked_lm_loss_sum(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> LossSum:
         """Masked-language-model loss of hidden states (B, T, D) at the positions where labels (B, T) are not -100."""
         check_labels(type(self).__name__, labels, self.config.vocab_size)
-        rows, targets = labelled_rows(hidden_states, labels, self.max_labels_per_sequence())
+        rows, targets = labelled_rows(hidden_states, labels, self.config.max_predictions_per_sequence)
         return self.cls.predictions.loss_sum(rows, targets)
 
 

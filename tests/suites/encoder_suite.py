@@ -1,4 +1,4 @@
-"""What every model of the zoo must do. The test of a paper is one subclass that names its slug and a tiny configuration."""
+"""What every model of the zoo must do. A paper tests it by one subclass: slug, tiny configuration, classes."""
 
 import copy
 import inspect
@@ -81,8 +81,8 @@ class EncoderSuite:
         base: the class without a head.
         heads: the classes with a loss; the first one is the paper's own objective.
         parameters: size -> class -> published number of parameters. Sizes are those of `config.from_size`.
-        reduces_to_bert: changes to `config` that switch the paper's idea off, so that the encoder is BERT's; None (say why) if nothing
-            does.
+        reduces_to_bert: changes to `config` that switch the paper's idea off, so that the encoder is BERT's; None (say
+            why) if nothing does.
         bad_config: (keywords, regular expression that the error must match).
         sequence_limit: whether sequences longer than `config.max_position_embeddings` are refused.
         backends: attention implementations to compare with eager.
@@ -129,11 +129,11 @@ class EncoderSuite:
         return self.make_config(**changes)
 
     def pretraining_targets(self, labels: torch.Tensor, real: torch.Tensor) -> tuple[Inputs, Counts]:
-        """What the paper's pre-training class takes beside `labels` (B, T; -100 = no loss), and the counts of its losses."""
+        """What the pre-training class takes beside `labels` (B, T; -100 = no loss), and the counts of its losses."""
         return {}, int((labels != -100).sum())
 
     def zero_gradients(self, head: type) -> tuple[str, ...]:
-        """Ends of the names of parameters whose gradient is 0 by construction: what softmax sees in all scores alike."""
+        """Ends of the names of parameters with a gradient of 0: what softmax finds in all scores alike."""
         choices = self.auto_name(head) == "AutoModelForMultipleChoice"
         return ("key.bias", "classifier.bias") if choices else ("key.bias",)
 
@@ -479,7 +479,7 @@ class EncoderSuite:
         share = 1 - sum(REAL) / (len(REAL) * LENGTH)
         self.build(self.base, self.with_encoder(unpad_threshold=share + 0.01))(**inputs)
 
-    # ---------------------------------------------------------------------------------------------------- heads, losses
+    # --------------------------------------------------------------------------------------------------- heads, losses
 
     def test_loss_is_a_sum_over_a_count(self, head):
         """The way a batch is split changes nothing once the counts of the whole batch are given."""
