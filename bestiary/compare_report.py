@@ -75,8 +75,8 @@ def make_table(runs: Sequence[Run]) -> str:
     summary = summarise(runs)
     found = list(dict.fromkeys(name for figures in summary.values() for name in figures))
     tuned = [name for name in found if name.startswith("finetuned_")][:1]  # the task's first metric
-    parts = [name for name in found if name.startswith("held_out_") and name.endswith("_loss")]
-    shown = [*(name for name in TITLES if name in found), *tuned, *(parts or ["held_out_loss"])]
+    losses = [f"held_out_{name}" for name in _losses(runs)]
+    shown = [*(name for name in TITLES if name in found), *tuned, *losses]
     rows = []
     for recipe, figures in summary.items():
         row: dict[str, Any] = {
@@ -86,7 +86,7 @@ def make_table(runs: Sequence[Run]) -> str:
             "updates": f"{figures['step']['mean']:,.0f}",
             "tokens": f"{figures['tokens']['mean']:,.0f}",
             "operations": f"{figures['flops']['mean']:.3e}",
-            "seconds": _cell(figures["seconds"], 0),
+            "seconds": _cell(figures["seconds"], 1),
         }
         for name in shown:
             row[_title(name)] = (
@@ -152,9 +152,7 @@ def plot_comparison(runs: Sequence[Run], path: Path) -> None:
     scores = [name for name in TITLES if any(name in run["held_out"][0]["scores"] for run in runs)]
     if any(name.startswith("minimal_pairs") for name in scores):
         scores = [name for name in scores if name.startswith("minimal_pairs")]
-    points = [point for run in runs for point in run["held_out"]]
-    losses = list(dict.fromkeys(name for point in points for name in point["held_out"] if name.endswith("_loss")))
-    panels = ["tokens", "seconds"] * bool(scores) + (losses or ["loss"])
+    panels = ["tokens", "seconds"] * bool(scores) + _losses(runs)
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(12.8, 4.4 * rows), layout="constrained")
     for number, panel in enumerate(panels, 1):
@@ -209,6 +207,12 @@ def _curve(runs: Sequence[Sequence[tuple[float, float | None]]]) -> Curve | None
     array = np.array([run[:length] for run in values], dtype=float)  # (seeds, P, 2)
     deviation = array[..., 1].std(0, ddof=1) if len(array) > 1 else np.zeros(length)
     return array[..., 0].mean(0), array[..., 1].mean(0), deviation
+
+
+def _losses(runs: Sequence[Run]) -> list[str]:
+    """Parts of all objectives, and the `loss` of those that have none."""
+    found = [[name for name in run["held_out"][-1]["held_out"] if name.endswith("_loss")] or ["loss"] for run in runs]
+    return list(dict.fromkeys(itertools.chain(*found)))
 
 
 def _by_recipe(runs: Sequence[Run]) -> dict[str, list[Run]]:

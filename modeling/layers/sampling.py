@@ -137,10 +137,12 @@ def _inverse_cdf(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def slot_keys(seeds: torch.Tensor, example: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """64 random bits per slot from (seed of its example, position): (B,), (M,), (M,) int64 -> (M,) int64."""
-    return _mix64(_mix64(seeds + _GOLDEN)[example] + position * _GOLDEN)
+    return _mix64(_mix64(seeds ^ _GOLDEN)[example] ^ position)
 
 
-# Constants of splitmix64 as signed numbers; products of int64 wrap around.
+# Constants of splitmix64 as signed numbers; products wrap around. Counters (positions, tokens) enter by xor: a counter
+# times a large constant becomes a signed overflow in the loop index of torch.compile's C++ code, where the compiler may
+# drop the end of the loop (seen to crash).
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_A = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_B = 0x94D049BB133111EB - 2**64
@@ -170,8 +172,7 @@ def _unit_float32(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """
     low = keys.to(torch.int32)[:, None]
     high = (keys >> 32).to(torch.int32)[:, None]
-    counter = torch.arange(vocabulary, dtype=torch.int32, device=keys.device) * (0x9E3779B9 - 2**32)
-    word = counter + low  # (C, V); in place from here
+    word = torch.arange(vocabulary, dtype=torch.int32, device=keys.device) ^ low  # (C, V); in place from here
     word ^= _shift(word, 16, 32)
     word *= 0x7FEB352D
     word ^= _shift(word, 15, 32)

@@ -335,13 +335,13 @@ class TrainerSuite(ObjectiveSuite):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
         try:
             output, _ = process.communicate(timeout=timeout)
         finally:
-            if process.poll() is None:  # the launcher and all that it started
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:
+                process.terminate()  # torchrun passes it on to the processes that it started
+                process.wait(60)
         return process.returncode, output
 
     # ---- two processes
