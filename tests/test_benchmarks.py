@@ -150,7 +150,8 @@ def test_model_rows_at_a_tiny_size(monkeypatch):
     """The rows stop if the two sides' losses differ, so this checks the models too."""
     targets = dict.fromkeys(("ours", "packed", "packed, bf16"), 9.0)
     report = models.mlm_step(1, 4, hidden=16, heads=2, targets=targets)
-    assert set(report["metrics"]["time"]) == {"peer", "ours", "packed"}
+    assert report["metrics"]["time, packed"]["packed"]["passed"]
+    assert set(report["metrics"]["peak memory"]) == {"peer", "ours", "packed"}
     encoder = {
         "hidden_size": 16,
         "num_hidden_layers": 1,

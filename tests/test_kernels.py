@@ -364,6 +364,19 @@ class TestSampling:
         compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(logits, torch.tensor([9])), draw(logits, torch.tensor([9])))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("vocabulary", [16, 99])
+    def test_compiled_code_equals_eager(self, method, vocabulary):
+        """With the slots counted inside the graph: a counter times a hash constant once crashed the generated code."""
+
+        def draw(logits, seeds):
+            slots = torch.arange(32)
+            return sample_categorical(logits, method=method, seeds=seeds, rows=(slots // 16, slots % 16))
+
+        logits, seeds = torch.randn(32, vocabulary, generator=seeded()), torch.tensor([9, 2**62])
+        compiled = torch.compile(draw, fullgraph=True, dynamic=False)
+        assert torch.equal(compiled(logits, seeds), draw(logits, seeds))
+
 
 class TestSamplingParts:
     def test_unknown_method(self):

@@ -149,7 +149,8 @@ def test_sums_that_cannot_be_continued_are_dropped(state, tmp_path):
     assert kept["world_size"] == 1 and kept["parts"].keys() == {"mlm", "sentence"}
     file.unlink()
     if state != "missing":
-        torch.save(kept | {"world_size": 2}, file)
+        share = {name: value / 2 for name, value in kept["parts"].items()}
+        torch.save(kept | {"world_size": 2, "parts": share}, file)
     trainer = BERT.make_trainer(tmp_path, **run)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     line = next(entry for entry in logged(trainer) if "loss" in entry)

@@ -23,7 +23,7 @@ VOCABULARY = 40
 SPECIAL = SpecialTokens(
     cls_id=2, sep_id=3, pad_id=0, mask_id=4, vocab_size=VOCABULARY, continuation=None, has_token_types=True
 )
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(chr(ord("a") + letter) for letter in range(20))]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrs", "##t"]
 
 
 def config(dropout: float = 0.0, **fields) -> BertPretrainingConfig:
@@ -124,7 +124,7 @@ def tokenizer() -> BertTokenizerFast:
 @pytest.fixture(scope="module")
 def documents() -> DatasetDict:
     rng = np.random.default_rng(0)
-    made = [[" ".join(rng.choice(WORDS[5:], int(rng.integers(1, 5)))) for _ in range(12)] for _ in range(8)]
+    made = [[" ".join(rng.choice(WORDS[5:-1], int(rng.integers(1, 5)))) for _ in range(12)] for _ in range(8)]
     return DatasetDict({split: Dataset.from_dict({"sentences": made}) for split in ("train", "validation")})
 
 
@@ -214,3 +214,14 @@ def test_data_that_does_not_fit_the_model(changes, message, documents, tokenizer
         BertPretrainingTrainer.build_datasets(
             documents, tokenizer, model, BertPretrainingDataArguments(**DATA | changes), training
         )
+
+
+def test_the_collator_takes_the_options_of_the_recipe(tokenizer, tmp_path):
+    training = BertPretrainingTrainingArguments(output_dir=str(tmp_path), seed=11)
+    data = BertPretrainingDataArguments(
+        mlm_probability=0.2, max_predictions=3, whole_word=True, pad_to_multiple_of=8, data_seed=5
+    )
+    collator = BertPretrainingTrainer.build_collator(tokenizer, config(), data, training)
+    options = (collator.mlm_probability, collator.max_predictions, collator.whole_word, collator.pad_to_multiple_of)
+    assert options == (0.2, 3, True, 8)
+    assert (collator.seed, collator.max_length, collator.replace) == (11, 16, (0.8, 0.1, 0.1))

@@ -438,8 +438,7 @@ class BestiaryTrainer(Trainer):
         self._total_loss_scalar = -self._over_processes({"loss": self._tr_loss})["loss"].item() / self.args.world_size
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Without the shared weights among the missing ones: a checkpoint holds them once, under the name of "
-        "their source."""
+        """Without the shared weights among the missing ones: a checkpoint holds them once."""
         tied = self.accelerator.unwrap_model(self.model)
         tied = tied.all_tied_weights_keys if isinstance(tied, PreTrainedModel) else {}
         missing = [name for name in load_result.missing_keys if name not in tied]

@@ -141,8 +141,8 @@ def slot_keys(seeds: torch.Tensor, example: torch.Tensor, position: torch.Tensor
 
 
 # Constants of splitmix64 as signed numbers; products wrap around. Counters (positions, tokens) enter by xor: a counter
-# times a large constant becomes a signed overflow in the loop index of torch.compile's C++ code, where the compiler may
-# drop the end of the loop (seen to crash).
+# times a large constant becomes a signed overflow in the loop index of torch.compile's C++ code, and the C++ compiler
+# may then drop the end of the loop (seen to crash).
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_A = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_B = 0x94D049BB133111EB - 2**64
