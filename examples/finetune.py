@@ -21,7 +21,6 @@ from pathlib import Path
 from transformers import set_seed
 
 import bestiary  # noqa: F401  registers the auto classes
-from bestiary.cards import plot_history
 from bestiary.recipe import Recipe, load_recipe
 from bestiary.trainers.finetuning import FinetuneTrainingArguments
 from bestiary.trainers.tasks import PreparedTask, TaskDataArguments
@@ -56,7 +55,6 @@ def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str
     trainer.save_model()
     trainer.save_metrics("eval", metrics)
     if trainer.is_world_process_zero():
-        plot_history(trainer.state.log_history, Path(training.output_dir) / "loss.png")
         trainer.create_model_card()
     timings = ("_runtime", "_per_second", "_time")
     return {key: value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(timings)}

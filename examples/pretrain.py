@@ -15,7 +15,6 @@ import sys
 
 from transformers import AutoModelForPreTraining, AutoTokenizer, set_seed
 
-from bestiary.cards import plot_history
 from bestiary.demo import demo_tokenizer
 from bestiary.recipe import load_recipe
 from bestiary.registry import get_paper, load_object
@@ -81,9 +80,8 @@ def main(argv: list[str] | None = None):
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        plot = plot_history(trainer.state.log_history, f"{training.output_dir}/loss.png")
         trainer.create_model_card()
-        print(f"Checkpoint and card: {training.output_dir}\nLosses: {plot}")
+        print(f"Checkpoint, card and plot of the losses: {training.output_dir}")
     return trainer
 
 
