@@ -108,7 +108,7 @@ def _info(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from .conversion import convert_checkpoint
 
-    convert_checkpoint(arguments.slug, arguments.checkpoint, arguments.out, config=arguments.config)
+    convert_checkpoint(arguments.slug, arguments.checkpoint, arguments.out, arguments.config)
     print(f"wrote {arguments.out}")
 
 

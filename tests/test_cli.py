@@ -58,10 +58,16 @@ def test_convert_and_export_pass_their_arguments_on(monkeypatch, capsys):
     monkeypatch.setattr(conversion, "convert_checkpoint", lambda *given: calls.append(given), raising=False)
     monkeypatch.setattr(export, "export_checkpoint", lambda *given: calls.append(given) or "there", raising=False)
     assert cli.main(["convert", "bert", "in.npz", "out"]) == 0
+    assert cli.main(["convert", "bert", "in.npz", "out", "--config", "sizes.json"]) == 0
     assert cli.main(["export", "folder"]) == 0
     assert cli.main(["export", "folder", "--output", "there"]) == 0
-    assert calls == [("bert", "in.npz", "out"), ("folder", None), ("folder", "there")]
-    assert capsys.readouterr().out == "wrote out\nwrote there\nwrote there\n"
+    assert calls == [
+        ("bert", "in.npz", "out", None),
+        ("bert", "in.npz", "out", "sizes.json"),
+        ("folder", None),
+        ("folder", "there"),
+    ]
+    assert capsys.readouterr().out == "wrote out\nwrote out\nwrote there\nwrote there\n"
 
 
 def test_compare_gets_its_arguments_untouched(monkeypatch):
