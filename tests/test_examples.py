@@ -193,7 +193,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 )
 def test_tiny_recipe_runs_saves_resumes_and_reloads(name, workplace, monkeypatch):
     printed = launch(workplace, "pretrain.py", "--config", name, "override.yaml")
-    assert "Checkpoint and card: run" in printed
+    assert "Checkpoint, card and plot of the losses: run" in printed
     run = workplace / "run"
     assert {"README.md", "loss.png", "checkpoint-1", "checkpoint-2"} <= {path.name for path in run.iterdir()}
     history = json.loads((run / "trainer_state.json").read_text())["log_history"]
