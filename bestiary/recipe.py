@@ -387,9 +387,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor(
-    "tag:yaml.org,2002:str", lambda loader, node: _scalar(node.value) if node.style is None else node.value
-)
+def _string(loader: Any, node: Any) -> Any:
+    return _scalar(node.value) if node.style is None else node.value  # quoted text stays text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _string)
 
 
 def _folder() -> Any:
