@@ -290,8 +290,7 @@ class ElectraJointForPreTraining(GeneratorHead, ElectraJointPreTrainedModel):
         """Run the generator on masked ids (B, T) and sample a token at every masked position."""
         batch, length = labels.shape
         positions = torch.arange(batch * length, device=labels.device).view(batch, length, 1)
-        cap = self.config.max_predictions_per_sequence
-        places, targets = labelled_rows(positions, labels, cap)  # (M, 1), (M,)
+        places, targets = labelled_rows(positions, labels, self.config.max_predictions_per_sequence)  # (M, 1), (M,)
         places = places.squeeze(1)
         if self.config.uniform_generator and self.config.objective == "electra":
             total = math.log(self.config.vocab_size) * (targets != IGNORE).sum()
@@ -299,7 +298,7 @@ class ElectraJointForPreTraining(GeneratorHead, ElectraJointPreTrainedModel):
             predicted, sampled = self._draw(logits, places, targets, seeds, length)
         else:
             hidden_states = self.generator_encoder()(input_ids, **inputs).last_hidden_state
-            rows = self.generator_predictions(labelled_rows(hidden_states, labels, cap)[0])  # (M, E)
+            rows = self.generator_predictions(hidden_states.flatten(0, 1).index_select(0, places))  # (M, E)
             table, bias = self.generator_lm_head.weight, self.generator_lm_head.bias
             if torch.compiler.is_compiling() or rows.shape[0] * table.shape[0] <= PLAIN_LOGITS:
                 logits = F.linear(rows, table, bias)  # (M, V), for the loss and for the samples

@@ -94,10 +94,9 @@ class BestiaryTrainer(Trainer):
         super().__init__(model, args, *rest, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{type(self).__name__}: {self.args.n_gpu} GPUs are visible to one process, which would train "
-                "with nn.DataParallel "
-                "and break the exact normalisation; start one process per GPU with `accelerate launch`, or set "
-                "CUDA_VISIBLE_DEVICES."
+                f"{type(self).__name__}: {self.args.n_gpu} GPUs are visible to one process, which would train with "
+                "nn.DataParallel and break the exact normalisation; start one process per GPU with `accelerate "
+                "launch`, or set CUDA_VISIBLE_DEVICES."
             )
         if self.args.label_smoothing_factor:
             raise ValueError(
@@ -108,10 +107,7 @@ class BestiaryTrainer(Trainer):
         self._logged_at = 0
         self._last_batch_counts = True
         self.run_description: dict[str, Any] = {}
-        """What only the caller knows of the run, for the card: `data`, `command`, `base_model`, ...
-
-        (see `bestiary.cards.TrainerInfo`).
-        """
+        """What only the caller knows of the run, for the card; see `bestiary.cards.TrainerInfo`."""
 
     # The objective
 

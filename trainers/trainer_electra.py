@@ -104,15 +104,12 @@ class ElectraTrainer(PretrainingTrainer):
         data: PretrainingDataArguments,
         training: TrainingArguments,
     ) -> MaskingCollator:
-        """ELECTRA's masking; the limit on predictions is the official one for the data's length unless the recipe
-        sets another.
-        """
-        limit = data.max_predictions or max(1, int((data.mlm_probability + 0.005) * data.max_length))
+        """ELECTRA's masking; the collator derives the official limit on predictions unless the recipe sets one."""
         return ElectraMaskingCollator(
             tokenizer,
             mlm_probability=data.mlm_probability,
-            max_predictions=limit,
-            max_length=config.max_position_embeddings,
+            max_predictions=data.max_predictions,
+            max_length=data.max_length,
             pad_to_multiple_of=data.pad_to_multiple_of,
             seed=training.seed,
         )
