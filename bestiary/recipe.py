@@ -3,8 +3,8 @@
     slug: electra                 # paper: chooses the training arguments and the configuration
     description: one line
     model:                        # fields of the paper's configuration, or of the one that `model_type` names;
-      discriminator_config:       # with `name_or_path` of a checkpoint: what is changed in its configuration
-        hidden_size: 64
+      discriminator_config:       # with `name_or_path` of a checkpoint: what is changed in its configuration, or, for
+        hidden_size: 64           # a method that wraps any encoder, the method's fields, and `encoder_config`
     data:                         # fields of the script's data arguments
       dataset: demo
     training:                     # fields of the paper's training arguments
@@ -29,6 +29,7 @@ from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, TrainingArguments
 
+from .configuration.configuration_core import WrapperConfig
 from .registry import get_paper, load_object
 
 
@@ -73,6 +74,11 @@ class Recipe:
         """
         settings = defaults | self.model
         name, model_type = settings.pop("name_or_path", None), settings.pop("model_type", None)
+        wrapper = _wrapper_config(self.slug)
+        if name is not None and wrapper is not None:
+            found = AutoConfig.from_pretrained(name)
+            known = {k: v for k, v in settings.items() if k in _Schema("model", wrapper).keys}
+            return wrapper.from_encoder(found, **known)
         if name is not None:
             schema = _Schema("model", type(AutoConfig.from_pretrained(name)))
             schema.convert(self.model, ("model",), {(): f"recipe for {name}"})
@@ -154,13 +160,18 @@ def recipe_names(slug: str | None = None) -> list[str]:
 def _paper_config(values: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
     settings = values.get("model") or {}
     if settings.get("name_or_path") is not None:
-        return None
+        return _wrapper_config(values.get("slug"))
     model_type = settings.get("model_type")
     if model_type is not None:
         if model_type not in CONFIG_MAPPING:
             raise ValueError(f"model.model_type: {_unknown('model type', str(model_type), CONFIG_MAPPING.keys())}")
         return CONFIG_MAPPING[model_type]
     return get_paper(values["slug"]).config if values.get("slug") else None
+
+
+def _wrapper_config(slug: str | None) -> type[WrapperConfig] | None:
+    config = get_paper(slug).config if slug else None
+    return config if config is not None and issubclass(config, WrapperConfig) else None
 
 
 def _paper_arguments(values: Mapping[str, Any]) -> type:

@@ -1,15 +1,17 @@
 """Bases of every bestiary configuration: near-miss keywords are refused, the fields of a BERT-like encoder are
-declared once.
+declared once, and methods that wrap any encoder hold its configuration.
 """
 
+import copy
 import difflib
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Self
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import SubConfigSpec
 
 
 def refuse_near_misses(config_class: type[PreTrainedConfig], keywords: Iterable[str]) -> None:
@@ -145,3 +147,104 @@ class EncoderConfig(BestiaryConfig):
         skipped = {"architectures", "transformers_version", "model_type"}
         ours = {field.name for field in fields(cls)} - skipped
         return cls(**({key: value for key, value in theirs.items() if key in ours} | overrides))
+
+
+LABELS = ("num_labels", "id2label", "label2id", "problem_type")
+
+
+def _of_encoder(name: str) -> property:
+    def read(self: "WrapperConfig") -> Any:
+        return getattr(self.encoder_config, name)
+
+    def write(self: "WrapperConfig", value: Any) -> None:
+        setattr(self.encoder_config, name, value)
+
+    return property(read, write, doc=f"`{name}` of the encoder.")
+
+
+@strict
+class WrapperConfig(BestiaryConfig):
+    """Settings of a method that works on any encoder, and the configuration of that encoder.
+
+    Labels (`num_labels`, `id2label`, `label2id`, `problem_type`) may be given here or in `encoder_config`; both hold
+    them afterwards. Sizes and token ids of the encoder can be read and set here, but are stored there only;
+    `vocab_size` may be given here, for a tokenizer's.
+
+    Args:
+        encoder_config: configuration of the wrapped encoder, or its dictionary, whose `model_type` names any type with
+            an auto class.
+
+    Raises:
+        ValueError: an unknown `model_type`, a misspelt field, or a field of the encoder given outside
+            `encoder_config`.
+    """
+
+    sub_configs_defaults = {"encoder_config": SubConfigSpec(AutoConfig, model_type="bert")}
+
+    encoder_config: Any = None
+
+    vocab_size = _of_encoder("vocab_size")
+    hidden_size = _of_encoder("hidden_size")
+    num_hidden_layers = _of_encoder("num_hidden_layers")
+    num_attention_heads = _of_encoder("num_attention_heads")
+    intermediate_size = _of_encoder("intermediate_size")
+    max_position_embeddings = _of_encoder("max_position_embeddings")
+    type_vocab_size = _of_encoder("type_vocab_size")
+    pad_token_id = _of_encoder("pad_token_id")
+    hidden_dropout_prob = _of_encoder("hidden_dropout_prob")
+    initializer_range = _of_encoder("initializer_range")
+
+    def __post_init__(self, **kwargs):
+        given = {name: kwargs.pop(name, None) if name == "num_labels" else getattr(self, name) for name in LABELS}
+        labels = {name: value for name, value in given.items() if value is not None}
+        vocab_size = kwargs.pop("vocab_size", None)
+        if vocab_size is not None and not isinstance(self.encoder_config, PreTrainedConfig):
+            self.encoder_config = {"vocab_size": vocab_size} | (self.encoder_config or {})
+        self.encoder_config = self._encoder_from(self.encoder_config)
+        if vocab_size not in (None, self.encoder_config.vocab_size):
+            raise ValueError(
+                f"{type(self).__name__}: vocab_size is {vocab_size}, but {self.encoder_config.vocab_size} in "
+                "encoder_config; give it once."
+            )
+        misplaced = {field.name for field in fields(type(self.encoder_config))} & set(kwargs)
+        if misplaced := sorted(misplaced - {field.name for field in fields(PreTrainedConfig)}):
+            raise ValueError(
+                f"{type(self).__name__} has no field {misplaced[0]!r} of its own; give it in encoder_config."
+            )
+        for name, value in labels.items():
+            setattr(self.encoder_config, name, value)
+        for name in LABELS[1:]:
+            setattr(self, name, getattr(self.encoder_config, name))
+        super().__post_init__(**kwargs)
+
+    def _encoder_from(self, given: Any) -> PreTrainedConfig:
+        if isinstance(given, PreTrainedConfig):
+            return copy.deepcopy(given)
+        settings = dict(given or {})
+        model_type = settings.pop("model_type", type(self).sub_configs_defaults["encoder_config"].model_type)
+        if model_type not in CONFIG_MAPPING:
+            raise ValueError(
+                f"{type(self).__name__}: no encoder type {model_type!r} is registered; import the package that "
+                "registers it."
+            )
+        refuse_near_misses(CONFIG_MAPPING[model_type], settings)
+        return AutoConfig.for_model(model_type, **settings)
+
+    @classmethod
+    def from_encoder(cls, config: PreTrainedConfig, **settings: Any) -> Self:
+        """The method's configuration around that of an encoder.
+
+        `settings` are fields of this class; `encoder_config` among them is a dictionary of what changes in the
+        encoder's.
+
+        Raises:
+            ValueError: `config` is already one of this method, or changes name a field that the encoder lacks.
+        """
+        if isinstance(config, WrapperConfig):
+            raise ValueError(
+                f"{cls.__name__}.from_encoder wraps a plain encoder, but got a {type(config).__name__}; load that "
+                "checkpoint with from_pretrained, or unwrap it first: to_base()."
+            )
+        changes = settings.pop("encoder_config", None) or {}
+        refuse_near_misses(type(config), changes)
+        return cls(encoder_config=type(config).from_dict(config.to_dict() | changes), **settings)

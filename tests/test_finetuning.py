@@ -690,5 +690,5 @@ def test_script_refuses_what_it_cannot_run(script, tmp_path):
     command = ["--config", "finetune_classification", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match="Fine-tuning needs a model: give --name_or_path"):
         script.main(command)
-    with pytest.raises(ValueError, match="DataArguments.seeds must be numbers joined by commas, .* got '1;2'"):
+    with pytest.raises(ValueError, match="TaskArguments.seeds must be numbers joined by commas, .* got '1;2'"):
         script.main([*command, "--seeds", "1;2"])

@@ -36,6 +36,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from ..modeling.layers.losses import IGNORE
+from ..modeling.layers.wrapping import WrapperPreTrainedModel
+from ..registry import paper_of
 from .arguments import BestiaryTrainingArguments
 from .optimization import build_optimizer, build_schedule, layerwise_groups
 from .randomness import EVALUATION_EPOCH
@@ -440,7 +442,26 @@ class BestiaryTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
-    # Cards
+    # Results
+
+    def result_model(self) -> PreTrainedModel:
+        """What the run is for: the model; of a method that wraps one, the plain model (`to_base()`)."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.to_base() if isinstance(model, WrapperPreTrainedModel) else model
+
+    def save_result(self) -> None:
+        """Write `result_model()`, the tokenizer, the card and the plot to `args.output_dir`.
+
+        Where parameters are sharded (FSDP, DeepSpeed) the whole model is saved, as by `save_model`; its `to_base()`
+        after loading is the plain one.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.result_model() is self.model:
+            self.save_model()
+        elif self.args.should_save:
+            self.result_model().save_pretrained(self.args.output_dir)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(self.args.output_dir)
+        self.create_model_card()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card of `args.output_dir` from the registry, the arguments and the log, and the plot of the
@@ -454,13 +475,13 @@ class BestiaryTrainer(Trainer):
 
         with contextlib.suppress(ValueError, ModuleNotFoundError):
             plot_history(self.state.log_history, Path(self.args.output_dir) / "loss.png")
-        write_model_card(
-            self.args.output_dir, model=self.accelerator.unwrap_model(self.model), trainer_info=self.card_info()
-        )
+        write_model_card(self.args.output_dir, model=self.result_model(), trainer_info=self.card_info())
 
     def card_info(self) -> dict[str, Any]:
         """What the card says of this run."""
+        paper = paper_of(self.accelerator.unwrap_model(self.model))
         return {
+            "slug": None if paper is None else paper.slug,
             "arguments": self.args,
             "log_history": self.state.log_history,
             "seed": self.args.seed,

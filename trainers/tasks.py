@@ -20,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..configuration.configuration_core import WrapperConfig
 from ..modeling.layers.losses import IGNORE
+from ..registry import get_paper, load_object
 from .finetuning import FinetuneTrainer, classification_metrics, regression_metrics, tagging_metrics
 from .squad import best_answers, qa_features, squad_scores
 
@@ -420,8 +422,20 @@ class PreparedTask:
         name = _checkpoint(recipe)
         config = recipe.build_config(**self.task.config_fields())
         self.task.check_sizes(config)
-        return FinetuneTrainer(
-            getattr(transformers, self.task.auto_class).from_pretrained(name, config=config),
+        trainer_class = FinetuneTrainer
+        if isinstance(config, WrapperConfig):
+            paper = get_paper(recipe.slug)
+            if self.task.auto_class not in paper.models:
+                raise ValueError(
+                    f"The paper {paper.slug!r} has no model for the task {recipe.data.task} "
+                    f"({self.task.auto_class}); it has {', '.join(sorted(paper.models))}."
+                )
+            trainer_class = load_object(str(paper.trainer))
+            model = paper.models[self.task.auto_class].from_encoder(name, config=config)
+        else:
+            model = getattr(transformers, self.task.auto_class).from_pretrained(name, config=config)
+        return trainer_class(
+            model,
             recipe.training,
             data_collator=self.task.collator(),
             train_dataset=self.train,

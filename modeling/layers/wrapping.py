@@ -1,0 +1,195 @@
+"""Base of method papers: a model of any type, stock or ours, wrapped whole with its head, and given back plain."""
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ...configuration.configuration_core import WrapperConfig
+from .pretrained import BestiaryPreTrainedModel
+
+
+class BareEncoder(nn.Module):
+    """An encoder under the name that it has inside a task model, so that checkpoints of both fit each other."""
+
+    def __init__(self, encoder: PreTrainedModel):
+        super().__init__()
+        self.add_module(encoder.base_model_prefix, encoder)
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        (encoder,) = self.children()
+        return encoder
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.encoder(**inputs)
+
+
+class WrapperPreTrainedModel(BestiaryPreTrainedModel):
+    """A model of `wrapped_auto_class` under `model.`, to which a method adds what it needs in `add_method`.
+
+    Inputs, outputs and loss are those of the wrapped model. A paper's class is two lines for every task:
+    `class XForSequenceClassification(XPreTrainedModel): wrapped_auto_class = AutoModelForSequenceClassification`.
+
+    Args:
+        config: the method's settings and the configuration of the encoder.
+        wrapped: a model to wrap as it is; by default one with fresh weights is built from `config.encoder_config`.
+    """
+
+    config: WrapperConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    wrapped_auto_class: ClassVar[Any] = AutoModel
+
+    def __init__(self, config: WrapperConfig, wrapped: PreTrainedModel | None = None):
+        super().__init__(config)
+        if wrapped is None:
+            wrapped = self.wrapped_auto_class.from_config(config.encoder_config)
+        else:
+            for module in wrapped.modules():
+                module._is_hf_initialized = True
+        config.encoder_config = wrapped.config  # one object, so that a change is seen from both sides
+        self.model = BareEncoder(wrapped) if self.wrapped_auto_class is AutoModel else wrapped
+        self.accepts_loss_kwargs = bool(getattr(wrapped, "accepts_loss_kwargs", False))
+        self.add_method()
+        self.post_init()
+
+    def add_method(self) -> None:
+        """Add the method's modules and hooks; `self.wrapped` is there. Fresh parameters are initialised afterwards."""
+
+    def post_init(self) -> None:
+        super().post_init()
+        layers = {type(part).__name__ for part in self.modules() if isinstance(part, GradientCheckpointingLayer)}
+        self._no_split_modules = layers
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As the wrapped model initialises its own."""
+        self.wrapped._init_weights(module)
+
+    @property
+    def wrapped(self) -> PreTrainedModel:
+        """The wrapped model, with its head if it has one."""
+        return self.model.encoder if isinstance(self.model, BareEncoder) else self.model
+
+    @classmethod
+    def from_encoder(
+        cls, encoder: str | os.PathLike | PreTrainedModel, config: WrapperConfig | None = None, **settings: Any
+    ) -> Self:
+        """Wrap a pre-trained or fine-tuned model.
+
+        Args:
+            encoder: folder or Hub name of a plain checkpoint, or a model, which is then shared and not copied. A head
+                that the checkpoint lacks starts from the global generator.
+            config: the method's configuration around the encoder's; by default made from `settings`.
+            settings: fields of the method's configuration, and labels (`num_labels`, ...). `encoder_config` is a
+                dictionary of changes to the encoder's configuration, for a checkpoint only.
+
+        Raises:
+            ValueError: a checkpoint of this or another wrapped method, a model of another kind than
+                `wrapped_auto_class`, or both `config` and `settings`.
+        """
+        if config is not None and settings:
+            raise ValueError(
+                f"{cls.__name__}.from_encoder: give either config or single settings, got config and "
+                f"{', '.join(settings)}."
+            )
+        if isinstance(encoder, (str, Path, os.PathLike)):
+            if config is None:
+                config = cls.config_class.from_encoder(AutoConfig.from_pretrained(encoder), **settings)
+            wrapped = cls.wrapped_auto_class.from_pretrained(encoder, config=config.encoder_config)
+        else:
+            wrapped = encoder.base_model if cls.wrapped_auto_class is AutoModel else encoder
+            cls._check_kind(wrapped)
+            if settings.get("encoder_config") or any(name in settings for name in ("num_labels", "id2label")):
+                raise ValueError(
+                    f"{cls.__name__}.from_encoder: a {type(wrapped).__name__} that is built already keeps its "
+                    "configuration and labels; change them before building it, or give a checkpoint."
+                )
+            config = cls.config_class.from_encoder(wrapped.config, **settings) if config is None else config
+        return cls(config, wrapped).train(wrapped.training)
+
+    @classmethod
+    def _check_kind(cls, model: PreTrainedModel) -> None:
+        known: Any = cls.wrapped_auto_class._model_mapping
+        fitting = known[type(model.config)] if type(model.config) in known else ()
+        if not isinstance(model, fitting):
+            raise ValueError(
+                f"{cls.__name__} wraps models of {cls.wrapped_auto_class.__name__}, but got a {type(model).__name__}."
+            )
+
+    def to_base(self) -> PreTrainedModel:
+        """The plain model, without a trace of the method; it shares its parameters with this one."""
+        return self.wrapped
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the wrapped model returns. Inputs that are None are not passed: not every model knows them all."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+        }
+        return self.model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wrapped.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wrapped.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.wrapped.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.wrapped.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.wrapped.resize_token_embeddings(*args, **kwargs)
+
+
+def layer_list(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of an encoder's layers, in order, whatever the type calls it (`encoder.layer`, `transformer.layer`).
+
+    Raises:
+        ValueError: there is no such list of `num_hidden_layers` modules of one class (layers shared as in ALBERT, an
+            encoder-decoder), or more than one.
+    """
+    config: PreTrainedConfig = model.config
+    found = [
+        part
+        for part in model.base_model.modules()
+        if isinstance(part, nn.ModuleList)
+        and len(part) == config.num_hidden_layers
+        and len({type(layer) for layer in part}) == 1
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"{type(model).__name__} has {len(found) or 'no'} lists of {config.num_hidden_layers} layers, where one "
+            "is needed; methods that work on layers take encoders such as BERT, RoBERTa, ELECTRA, DeBERTa, XLM-R and "
+            "DistilBERT, not models that share their layers or have two stacks."
+        )
+    return found[0]

@@ -1,0 +1,92 @@
+"""One labelled task trained once per seed, with what the runs have in common summed up: the body of the scripts."""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from ..recipe import Recipe
+from ..registry import get_paper, load_object
+from .finetuning import FinetuneTrainingArguments
+from .tasks import PreparedTask, TaskDataArguments
+
+
+@dataclass
+class SeededTaskArguments(TaskDataArguments):
+    """The task's data, and the seeds to train with."""
+
+    seeds: str | None = field(default=None, metadata={"help": "Comma-separated seeds; default: the one of training."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
+            raise ValueError(
+                f"{type(self).__name__}.seeds must be numbers joined by commas, as 0,1,2; got {self.seeds!r}."
+            )
+
+
+def task_training_arguments(values: Mapping[str, Any]) -> type[FinetuneTrainingArguments]:
+    """Training arguments of a recipe for a labelled task: the paper's, if it is a method of fine-tuning."""
+    arguments = get_paper(values["slug"]).arguments if values.get("slug") else None
+    found = load_object(arguments) if arguments else FinetuneTrainingArguments
+    return found if issubclass(found, FinetuneTrainingArguments) else FinetuneTrainingArguments
+
+
+def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str, float]:
+    """Train with `training.seed`, save the result to `training.output_dir`, and return the metrics of the
+    evaluation.
+    """
+    training = recipe.training
+    set_seed(training.seed)
+    trainer = prepared.build_trainer(recipe)
+    data = recipe.data.dataset or f"{recipe.data.train_file}, {recipe.data.eval_file}"
+    trainer.run_description = {
+        "data": f"{data}: {len(prepared.train):,} inputs to train on, {len(prepared.held_out):,} to evaluate.",
+        "command": command,
+        "base_model": recipe.model["name_or_path"],
+    }
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    metrics = trainer.evaluate()
+    trainer.save_result()
+    trainer.save_metrics("eval", metrics)
+    timings = ("_runtime", "_per_second", "_time")
+    return {key: value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(timings)}
+
+
+def train_with_seeds(recipe: Recipe, command: str) -> dict[str, dict[str, Any]]:
+    """Train once per seed, into `output_dir/seed_<seed>` if there are several; returns mean, standard deviation and
+    values of every metric, which are also written to `output_dir/results.json`.
+    """
+    training, root = recipe.training, Path(recipe.training.output_dir)
+    seeds = [int(seed) for seed in recipe.data.seeds.split(",")] if recipe.data.seeds else [training.seed]
+    prepared = PreparedTask.load(recipe)
+    runs = []
+    for seed in seeds:
+        if recipe.data.seeds:
+            training.seed = training.data_seed = seed
+        if len(seeds) > 1:
+            training.output_dir = str(root / f"seed_{seed}")
+        runs.append(train_once(recipe, prepared, command))
+
+    summary = {}
+    for name in runs[0]:
+        values = [run[name] for run in runs]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        summary[name] = {"mean": statistics.fmean(values), "std": spread, "values": values}
+    if training.process_index == 0:
+        results = {"command": command, "seeds": seeds, "metrics": summary}
+        (root / "results.json").write_text(json.dumps(results, indent=1))
+    return summary
+
+
+def print_summary(summary: Mapping[str, Mapping[str, Any]], seeds: str | None) -> None:
+    """One line a metric: mean, and the standard deviation over the seeds."""
+    for name, found in summary.items():
+        spread = "" if found["std"] is None else f" ± {found['std']:.4f} over seeds {seeds}"
+        print(f"{name}: {found['mean']:.4f}{spread}")  # noqa: T201  the script's output
