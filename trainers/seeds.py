@@ -18,9 +18,16 @@ from .tasks import PreparedTask, TaskDataArguments
 
 @dataclass
 class SeededTaskArguments(TaskDataArguments):
-    """The task's data, and the seeds to train with."""
+    """The task's data, the seeds to train with, and a PEFT method to train by.
+
+    Args:
+        seeds: numbers joined by commas; None takes the seed of training.
+        peft: configuration of a method of peft, a dict or JSON with its `peft_type` (`{"peft_type": "LORA", "r": 8}`);
+            None trains the whole model, or by the method of the recipe's paper.
+    """
 
     seeds: str | None = field(default=None, metadata={"help": "Comma-separated seeds; default: the one of training."})
+    peft: dict | str | None = field(default=None, metadata={"help": "Method of peft, as JSON with its peft_type."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -28,6 +35,8 @@ class SeededTaskArguments(TaskDataArguments):
             raise ValueError(
                 f"{type(self).__name__}.seeds must be numbers joined by commas, as 0,1,2; got {self.seeds!r}."
             )
+        if isinstance(self.peft, str):
+            raise ValueError(f"{type(self).__name__}.peft must be a dict or a JSON object, got {self.peft!r}.")
 
 
 def task_training_arguments(values: Mapping[str, Any]) -> type[FinetuneTrainingArguments]:
@@ -43,7 +52,7 @@ def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str
     """
     training = recipe.training
     set_seed(training.seed)
-    trainer = prepared.build_trainer(recipe)
+    trainer = prepared.build_trainer(recipe, recipe.data.peft)
     data = recipe.data.dataset or f"{recipe.data.train_file}, {recipe.data.eval_file}"
     trainer.run_description = {
         "data": f"{data}: {len(prepared.train):,} inputs to train on, {len(prepared.held_out):,} to evaluate.",

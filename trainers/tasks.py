@@ -7,16 +7,19 @@ joins one with its data and gives trainers.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import transformers
 from datasets import ClassLabel, Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+from peft import PeftModel, get_peft_config, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import (
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -169,6 +172,7 @@ class Task:
     """One kind of task, with its data arguments and a tokenizer; the training rows may say more of it."""
 
     auto_class: ClassVar[str]
+    peft_task: ClassVar[str]
     problem_type: ClassVar[str | None] = None
     tokenizer_options: ClassVar[dict[str, Any]] = {}
     needs_fast_tokenizer: ClassVar[bool] = False
@@ -270,6 +274,7 @@ class Classification(LabelledTask):
     """One class for a text or a pair of texts."""
 
     auto_class = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
     problem_type = "single_label_classification"
 
     def find_labels(self, train: Dataset) -> Labels:
@@ -287,6 +292,7 @@ class Regression(Task):
     """A number for a text or a pair of texts."""
 
     auto_class = "AutoModelForSequenceClassification"
+    peft_task = "SEQ_CLS"
     problem_type = "regression"
 
     def to_label(self, value: Any) -> float:
@@ -304,6 +310,7 @@ class Tagging(LabelledTask):
     """A tag for every word; the first piece of a word carries it (Devlin et al., 2018, section 5.3)."""
 
     auto_class = "AutoModelForTokenClassification"
+    peft_task = "TOKEN_CLS"
     tokenizer_options = {"add_prefix_space": True}  # byte-level tokenizers: a first word is a word like others
     needs_fast_tokenizer = True
 
@@ -344,6 +351,7 @@ class QuestionAnswering(Task):
     """The span of a context that answers a question (SQuAD 1.1: every question has an answer)."""
 
     auto_class = "AutoModelForQuestionAnswering"
+    peft_task = "QUESTION_ANS"
     needs_fast_tokenizer = True
 
     @staticmethod
@@ -411,10 +419,11 @@ class PreparedTask:
             task = task_class(recipe.data, tokenizer, train)
             return cls(task, task.features(train, True), task.features(held_out, False), held_out)
 
-    def build_trainer(self, recipe: "Recipe") -> FinetuneTrainer:
+    def build_trainer(self, recipe: "Recipe", peft: dict[str, Any] | None = None) -> FinetuneTrainer:
         """Trainer of the model that `recipe.model` names, with a new head, by `recipe.training`.
 
-        The head starts from the global generator; seed it before.
+        `peft` holds the fields of a configuration of peft (`peft_type`, ...), by which the model is then trained. What
+        is new in the model starts from the global generator; seed it before.
 
         Raises:
             ValueError: inputs are longer than the model's positions, or it has no head for the task.
@@ -434,6 +443,8 @@ class PreparedTask:
             model = paper.models[self.task.auto_class].from_encoder(name, config=config)
         else:
             model = getattr(transformers, self.task.auto_class).from_pretrained(name, config=config)
+        if peft is not None:
+            model = peft_model(model, self.task.peft_task, peft)
         return trainer_class(
             model,
             recipe.training,
@@ -443,6 +454,23 @@ class PreparedTask:
             processing_class=self.task.tokenizer,
             compute_metrics=self.task.metrics(self.held_out_rows, self.held_out),
         )
+
+
+def peft_model(model: PreTrainedModel, task_type: str, settings: dict[str, Any]) -> PeftModel:
+    """`model` with the method of peft that `settings` name by `peft_type`, for training with a new head.
+
+    Raises:
+        ValueError: no `peft_type`, an unknown one, or settings that its configuration does not take.
+    """
+    name = settings.get("peft_type")
+    if name not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ValueError(f"peft needs a peft_type out of {known}; got {name!r}.")
+    try:
+        config = get_peft_config({"task_type": task_type} | settings)
+    except TypeError as error:
+        raise ValueError(f"peft: the configuration of {name} does not take these settings: {error}.") from error
+    return cast(PeftModel, get_peft_model(model, config))
 
 
 def _checkpoint(recipe: "Recipe") -> str:
