@@ -23,6 +23,10 @@ PEER = "peer"
 ROWS: dict[str, Callable[[int], dict]] = {}
 
 
+class PeerMissing(RuntimeError):
+    """A row's peer is a package that is not installed; `benchmarks.run` skips the row and keeps its last results."""
+
+
 def row(name: str) -> Callable:
     """Register a function `(pairs) -> {"description", "peer", "metrics"}` as the benchmark row `name`.
 

@@ -10,6 +10,7 @@ from typing import Any
 from . import papers as _papers  # noqa: F401  registers
 from ._version import __version__
 from .modeling.layers.pretrained import BestiaryPreTrainedModel
+from .peft_hook import register_methods, when_imported
 from .registry import Paper, get_paper, list_papers, register
 
 
@@ -18,6 +19,10 @@ _LAZY = {
     "BestiaryTrainingArguments": ".trainers.arguments",
     "export_checkpoint": ".export",
     "convert_checkpoint": ".conversion",
+    "BottleneckAdapterConfig": ".peft_methods",
+    "save_adapter": ".peft_methods",
+    "load_adapter": ".peft_methods",
+    "adapters_off": ".modeling.layers.bottleneck",
 }
 
 __all__ = ["Paper", "__version__", "get_paper", "list_papers", "register", *_LAZY]
@@ -36,3 +41,4 @@ def _write_code_and_card(model: Any, folder: Any) -> None:
 
 
 BestiaryPreTrainedModel.save_hook = staticmethod(_write_code_and_card)
+when_imported("peft", register_methods)

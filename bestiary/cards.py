@@ -77,6 +77,7 @@ class TrainerInfo(TypedDict, total=False):
         base_model: Hub id, or path, of the model that training started from.
         origin: where the weights come from if they were not trained here ("Converted from ...").
         command: the command line that reproduces the run.
+        loading: how to load the folder, in Markdown, if it is not done as for other checkpoints.
         repo_id: Hub id under which the model will be found.
         slug: paper whose method was used, when the model does not tell (a plain model trained by its objective).
         seed, seconds, hardware, date: of the run; default: from `arguments`, `log_history`, this machine, today.
@@ -93,6 +94,7 @@ class TrainerInfo(TypedDict, total=False):
     base_model: str
     origin: str
     command: str
+    loading: str
     repo_id: str
     slug: str
     seed: int
@@ -352,6 +354,8 @@ def _introduction(class_name: str, paper: Paper | None, model: PreTrainedModel |
 
 
 def _loading(class_name: str, auto_name: str, paper: Paper | None, info: Mapping[str, Any]) -> str:
+    if "loading" in info:
+        return f"## Load it\n\n{info['loading']}"
     where = f'"{info.get("repo_id", "path/to/this/folder")}"'
     snippet = f"from transformers import {auto_name}\n\nmodel = {auto_name}.from_pretrained({where}"
     if paper is None or class_name not in {model.__name__ for model in paper.models.values()}:  # a stock class

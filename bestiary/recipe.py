@@ -74,10 +74,18 @@ class Recipe:
         """
         settings = defaults | self.model
         name, model_type = settings.pop("name_or_path", None), settings.pop("model_type", None)
-        wrapper = _wrapper_config(self.slug)
+        wrapper = wrapper_config(self.slug)
         if name is not None and wrapper is not None:
             found = AutoConfig.from_pretrained(name)
             known = {k: v for k, v in settings.items() if k in _Schema("model", wrapper).keys}
+            if type(found) is wrapper:  # a checkpoint of this method: what the recipe does not say is as it was
+                own = {field.name for field in fields(wrapper)} - {field.name for field in fields(PreTrainedConfig)}
+                known = {key: getattr(found, key) for key in own - {"encoder_config"}} | known
+                found = found.encoder_config
+            if known.get("encoder_config"):
+                schema = _Schema("model.encoder_config", type(found))
+                path = ("model", "encoder_config")
+                known["encoder_config"] = schema.convert(known["encoder_config"], path, {(): f"recipe for {name}"})
             return wrapper.from_encoder(found, **known)
         if name is not None:
             schema = _Schema("model", type(AutoConfig.from_pretrained(name)))
@@ -132,6 +140,7 @@ def load_recipe(argv: Sequence[str] | None = None, *, data: Section, training: S
         path = (_owner(option, path[0], schemas), *path)
         _merge(values, _nest(path, value), f"option --{option}", origins)
 
+    _settle_replaced(values, origins, configs, schemas)
     sections = {name: schemas[name].convert(values.get(name) or {}, (name,), origins) for name in SECTIONS}
     metadata = {key: str(values[key]) for key in METADATA if values.get(key) is not None}
     public = {
@@ -160,7 +169,7 @@ def recipe_names(slug: str | None = None) -> list[str]:
 def _paper_config(values: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
     settings = values.get("model") or {}
     if settings.get("name_or_path") is not None:
-        return _wrapper_config(values.get("slug"))
+        return wrapper_config(values.get("slug"))
     model_type = settings.get("model_type")
     if model_type is not None:
         if model_type not in CONFIG_MAPPING:
@@ -169,7 +178,8 @@ def _paper_config(values: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
     return get_paper(values["slug"]).config if values.get("slug") else None
 
 
-def _wrapper_config(slug: str | None) -> type[WrapperConfig] | None:
+def wrapper_config(slug: str | None) -> type[WrapperConfig] | None:
+    """Configuration of a paper that is a method on any encoder; None of another paper, or without one."""
     config = get_paper(slug).config if slug else None
     return config if config is not None and issubclass(config, WrapperConfig) else None
 
@@ -208,7 +218,7 @@ class _Schema:
         for key, value in values.items():
             origin = _origin((*path, key), origins)
             self.require(str(key), origin)
-            nested = self.nested(key, value)
+            nested = None if self.is_of_checkpoint(key, values) else self.nested(key, value)
             if nested is not None:
                 converted[key] = nested.convert(value, (*path, key), origins)
                 continue
@@ -218,6 +228,11 @@ class _Schema:
             except TypeError as error:
                 raise ValueError(f"{origin}: {'.'.join(path)}.{key} must be {_show(hint)}, got {value!r}.") from error
         return converted
+
+    def is_of_checkpoint(self, key: str, values: Mapping[str, Any]) -> bool:
+        """Whether `key` holds changes to the configuration of a checkpoint, whose type is not known here."""
+        wraps = self.cls is not None and issubclass(self.cls, WrapperConfig)
+        return wraps and key == "encoder_config" and values.get("name_or_path") is not None
 
     def nested(self, key: str, value: Any) -> "_Schema | None":
         """Keys of the sub-configuration that a configuration holds under `key`; None if `value` is no such."""
@@ -484,6 +499,28 @@ def _merge(
             _merge(values[key], value, origin, origins, here)
         else:
             values[key] = value
+
+
+def _settle_replaced(
+    values: dict[str, Any], origins: Mapping[_Path, str], configs: Sequence[str], schemas: Mapping[str, _Schema]
+) -> None:
+    """Drop what a later source replaced by another field: `--train_file` takes the place of a recipe's `dataset`.
+
+    A field names those whose place it takes in its metadata, `replaces`. If one source gives both, both stay, and the
+    script refuses them.
+    """
+
+    def age(path: _Path) -> int:  # of the source: the first file is 0, the command line the last
+        origin = _origin(path, origins)
+        return len(configs) if origin.startswith("option --") else max(i for i, c in enumerate(configs) if c == origin)
+
+    for name, schema in schemas.items():
+        section = values.get(name) or {}
+        given = [key for key, value in section.items() if key in schema.fields and _plain(value) is not None]
+        for key in given:
+            for other in schema.fields[key].metadata.get("replaces", ()):
+                if other in given and age((name, key)) > age((name, other)):
+                    section[other] = None
 
 
 def _origin(path: _Path, origins: Mapping[_Path, str]) -> str:

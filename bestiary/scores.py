@@ -3,7 +3,8 @@
 What a checkpoint can do is found out from the auto classes of its configuration and from the shapes of its outputs:
 
 * a masked language model (vocabulary logits for every token) has a pseudo-log-likelihood: each token is masked once
-  and the log-probabilities of the originals are added up (Salazar et al., 2020, arXiv 1910.14659, equation 2);
+  and the log-probabilities of the originals are added up (Salazar et al., 2020, arXiv 1910.14659, equation 2); one
+  whose logits at a place leave the token there out has the same sum in one pass;
 * a detector of replaced tokens (one logit a token, high for "replaced") gives the sum of log P(token is original), in
   one pass;
 * anything with a task head can be fine-tuned.
@@ -14,6 +15,7 @@ A checkpoint whose weights fill a class only in part cannot do what that class d
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import ModelOutput
 
 from .recipe import Recipe, load_recipe
 
@@ -92,51 +95,109 @@ class SentenceScores:
 
 
 def masked_lm_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_length: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sentences: Sequence[str],
+    max_length: int,
+    special_tokens: bool = False,
 ) -> SentenceScores:
-    """Pseudo-log-likelihood of sentences, cut at `max_length` tokens, with one forward row for every token.
+    """Log-likelihood of sentences, cut at `max_length` tokens: the sum over their tokens of log P(token | all others).
 
-    Vocabulary logits are computed at the masked position only where the model's output layer lets them.
+    A model that leaves a token out of the logits at its place (`sees_own_token` is False, as of T-TA) gives it in one
+    pass. For any other this is the pseudo-log-likelihood, with one forward row for every token, in which it is masked;
+    what comes after the base model, or where that cannot be cut the output layer, runs at the masked positions only.
+
+    Args:
+        special_tokens: whether the sum is also over the tokens that the tokenizer puts around a sentence.
     """
-    encoded, places = _encode(tokenizer, sentences, max_length)
+    encoded, places = encode_sentences(tokenizer, sentences, max_length, special_tokens)
     sums, counts = np.zeros(len(sentences)), np.array([len(tokens) for tokens in places])
-    rows = [(owner, place) for owner, tokens in enumerate(places) for place in tokens]
-    at: torch.Tensor  # (B,) masked position of each row
-
-    def keep_masked(module: nn.Module, inputs: tuple) -> Any:
-        hidden = inputs[0]
-        rows = torch.arange(len(at), device=hidden.device)
-        return (hidden[rows, at].unsqueeze(1),) if hidden.dim() == 3 else None
-
-    output = model.get_output_embeddings()
-    hook = None if output is None else output.register_forward_pre_hook(keep_masked)
-    try:
-        for batch in _batches(rows, [len(encoded[owner]) for owner, _ in rows]):
-            owners = [owner for owner, _ in batch]
-            at = torch.tensor([place for _, place in batch], device=model.device)
-            ids, real = _padded([encoded[owner] for owner in owners], tokenizer, model.device)
-            each = torch.arange(len(batch), device=model.device)
-            targets = ids[each, at]
-            ids[each, at] = tokenizer.mask_token_id
+    if not getattr(model, "sees_own_token", True):  # models of others have no such attribute
+        own: Any = model
+        for batch in batches_by_length(list(range(len(sentences))), [len(ids) for ids in encoded]):
+            ids, real = padded_batch([encoded[owner] for owner in batch], tokenizer, model.device)
+            scored = torch.zeros_like(ids)
+            for row, owner in enumerate(batch):
+                scored[row, places[owner]] = 1
             with torch.no_grad():
-                logits = model(input_ids=ids, attention_mask=real).logits  # (B, 1 or T, V)
-            logits = logits[:, 0] if logits.shape[1] == 1 else logits[each, at]
-            chosen = logits.float().log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
-            np.add.at(sums, owners, chosen.cpu().numpy())
-    finally:
-        if hook is not None:
-            hook.remove()
+                found = own.token_log_likelihoods(ids, real, scored)  # (B, T)
+            sums[batch] = found.double().sum(1).cpu().numpy()
+        return SentenceScores(sums, counts)
+
+    for rows in masked_rows(tokenizer, encoded, places, model.device):
+        with torch.no_grad(), at_masked_positions(model, rows.at):
+            logits = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask).logits  # (B, 1 or T, V)
+        logits = logits[:, 0] if logits.shape[1] == 1 else logits[torch.arange(len(logits)), rows.at]
+        chosen = -F.cross_entropy(logits.float(), rows.originals, reduction="none")
+        np.add.at(sums, rows.owners, chosen.cpu().numpy())
     return SentenceScores(sums, counts)
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """A batch of B rows in each of which one token is masked.
+
+    owners: which sentence each row is of. at, originals: (B,) position and id of the masked token. input_ids,
+    attention_mask: (B, T).
+    """
+
+    owners: list[int]
+    at: torch.Tensor
+    originals: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def masked_rows(
+    tokenizer: PreTrainedTokenizerBase, encoded: list[list[int]], places: list[list[int]], device: torch.device
+) -> Iterator[MaskedRows]:
+    """Rows for all tokens at `places` of the encoded sentences, those of similar length together."""
+    todo = [(owner, place) for owner, tokens in enumerate(places) for place in tokens]
+    for batch in batches_by_length(todo, [len(encoded[owner]) for owner, _ in todo]):
+        owners = [owner for owner, _ in batch]
+        at = torch.tensor([place for _, place in batch], device=device)
+        ids, real = padded_batch([encoded[owner] for owner in owners], tokenizer, device)
+        each = torch.arange(len(batch), device=device)
+        originals = ids[each, at]
+        ids[each, at] = tokenizer.mask_token_id
+        yield MaskedRows(owners, at, originals, ids, real)
+
+
+@contextmanager
+def at_masked_positions(model: PreTrainedModel, at: torch.Tensor) -> Iterator[None]:
+    """Within, what follows the base model gets its states at positions `at` (B,) only, (B, 1, D) instead of (B, T, D).
+
+    Of a model whose base is not a part of it, the same is done to the input of the output layer.
+    """
+    each = torch.arange(len(at), device=at.device)
+    base, output = getattr(model, "base_model", model), model.get_output_embeddings()
+
+    def cut_states(module: nn.Module, inputs: tuple, outputs: Any) -> Any:
+        if isinstance(outputs, ModelOutput) and "last_hidden_state" in outputs:
+            outputs["last_hidden_state"] = outputs["last_hidden_state"][each, at].unsqueeze(1)
+        return outputs
+
+    def cut_inputs(module: nn.Module, inputs: tuple) -> Any:
+        hidden = inputs[0]
+        return (hidden[each, at].unsqueeze(1),) if hidden.dim() == 3 and hidden.shape[1] > 1 else None
+
+    hooks = [] if base is model else [base.register_forward_hook(cut_states)]
+    hooks += [] if output is None else [output.register_forward_pre_hook(cut_inputs)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def detector_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_length: int
 ) -> SentenceScores:
     """Sum of log P(token is original) over the tokens of sentences, cut at `max_length` tokens."""
-    encoded, places = _encode(tokenizer, sentences, max_length)
+    encoded, places = encode_sentences(tokenizer, sentences, max_length)
     sums, counts = np.zeros(len(sentences)), np.array([len(tokens) for tokens in places])
-    for batch in _batches(list(range(len(sentences))), [len(ids) for ids in encoded]):
-        ids, real = _padded([encoded[owner] for owner in batch], tokenizer, model.device)
+    for batch in batches_by_length(list(range(len(sentences))), [len(ids) for ids in encoded]):
+        ids, real = padded_batch([encoded[owner] for owner in batch], tokenizer, model.device)
         with torch.no_grad():
             original = F.logsigmoid(-model(input_ids=ids, attention_mask=real).logits.double()).cpu().numpy()  # (B, T)
         for owner, row in zip(batch, original):
@@ -144,16 +205,21 @@ def detector_scores(
     return SentenceScores(sums, counts)
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_length: int
+def encode_sentences(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], max_length: int, special_tokens: bool = False
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of each sentence, and the positions of its tokens that are not special."""
+    """Token ids of each sentence, and the positions of its tokens, of the special ones only if they are wanted."""
+    if not sentences:  # which tokenizers do not take
+        return [], []
     encoded = tokenizer(list(sentences), truncation=True, max_length=max_length, return_special_tokens_mask=True)
-    places = [[i for i, special in enumerate(mask) if not special] for mask in encoded["special_tokens_mask"]]
+    places = [
+        [place for place, special in enumerate(mask) if special_tokens or not special]
+        for mask in encoded["special_tokens_mask"]
+    ]
     return encoded["input_ids"], places
 
 
-def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
+def batches_by_length(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]]:
     """Items of similar length together, at most `TOKENS_PER_BATCH` tokens at a time."""
     batch: list[Any] = []
     for number in sorted(range(len(items)), key=lambda number: lengths[number]):
@@ -165,7 +231,7 @@ def _batches(items: Sequence[Any], lengths: Sequence[int]) -> Iterator[list[Any]
         yield batch
 
 
-def _padded(
+def padded_batch(
     rows: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids (B, T) and attention mask (B, T)."""

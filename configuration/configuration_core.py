@@ -4,7 +4,7 @@ declared once, and methods that wrap any encoder hold its configuration.
 
 import copy
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Self
 
@@ -167,8 +167,8 @@ class WrapperConfig(BestiaryConfig):
     """Settings of a method that works on any encoder, and the configuration of that encoder.
 
     Labels (`num_labels`, `id2label`, `label2id`, `problem_type`) may be given here or in `encoder_config`; both hold
-    them afterwards. Sizes and token ids of the encoder can be read and set here, but are stored there only;
-    `vocab_size` may be given here, for a tokenizer's.
+    them afterwards. Sizes of the encoder can be read here, and its fields set once this is built, but they are stored
+    there only; `vocab_size` may be given here, for a tokenizer's.
 
     Args:
         encoder_config: configuration of the wrapped encoder, or its dictionary, whose `model_type` names any type with
@@ -195,56 +195,121 @@ class WrapperConfig(BestiaryConfig):
     initializer_range = _of_encoder("initializer_range")
 
     def __post_init__(self, **kwargs):
-        given = {name: kwargs.pop(name, None) if name == "num_labels" else getattr(self, name) for name in LABELS}
-        labels = {name: value for name, value in given.items() if value is not None}
         vocab_size = kwargs.pop("vocab_size", None)
         if vocab_size is not None and not isinstance(self.encoder_config, PreTrainedConfig):
-            self.encoder_config = {"vocab_size": vocab_size} | (self.encoder_config or {})
-        self.encoder_config = self._encoder_from(self.encoder_config)
-        if vocab_size not in (None, self.encoder_config.vocab_size):
+            self.encoder_config = {"vocab_size": vocab_size} | dict(self.encoder_config or {})
+        self.encoder_config = encoder = self._encoder_from(self.encoder_config)
+        if vocab_size not in (None, encoder.vocab_size):
             raise ValueError(
-                f"{type(self).__name__}: vocab_size is {vocab_size}, but {self.encoder_config.vocab_size} in "
-                "encoder_config; give it once."
+                f"{type(self).__name__}: vocab_size is {vocab_size}, but {encoder.vocab_size} in encoder_config; "
+                "give it once."
             )
-        misplaced = {field.name for field in fields(type(self.encoder_config))} & set(kwargs)
-        if misplaced := sorted(misplaced - {field.name for field in fields(PreTrainedConfig)}):
+        own = {field.name for field in fields(PreTrainedConfig)}
+        if misplaced := sorted((_known_fields(type(encoder)) - own) & set(kwargs)):
             raise ValueError(
                 f"{type(self).__name__} has no field {misplaced[0]!r} of its own; give it in encoder_config."
             )
-        for name, value in labels.items():
-            setattr(self.encoder_config, name, value)
+        given = {name: getattr(self, name) for name in LABELS[1:]} | {"num_labels": kwargs.pop("num_labels", None)}
+        _set_labels(encoder, {name: value for name, value in given.items() if value is not None})
         for name in LABELS[1:]:
-            setattr(self, name, getattr(self.encoder_config, name))
+            setattr(self, name, getattr(encoder, name))
         super().__post_init__(**kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        done = self.__dict__.get("_post_init_done", False)
+        if done and name in _known_fields(type(self.encoder_config)) - _known_fields(type(self)):
+            setattr(self.encoder_config, name, value)  # Trainer sets `use_cache` and token ids of the whole model's
+            return
+        super().__setattr__(name, value)
+        if done:  # later changes reach both sides too
+            if name in LABELS[1:]:
+                setattr(self.encoder_config, name, value)
+            elif name == "encoder_config":
+                for label in LABELS[1:]:
+                    super().__setattr__(label, getattr(value, label))
+
     def _encoder_from(self, given: Any) -> PreTrainedConfig:
-        if isinstance(given, PreTrainedConfig):
-            return copy.deepcopy(given)
-        settings = dict(given or {})
-        model_type = settings.pop("model_type", type(self).sub_configs_defaults["encoder_config"].model_type)
-        if model_type not in CONFIG_MAPPING:
+        name = type(self).__name__
+        if not isinstance(given, PreTrainedConfig):
+            if not isinstance(given, Mapping | None):
+                raise ValueError(f"{name}.encoder_config must be a configuration or its dictionary, got {given!r}.")
+            settings = dict(given or {})
+            model_type = settings.pop("model_type", type(self).sub_configs_defaults["encoder_config"].model_type)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"{name}: no encoder type {model_type!r} is registered; import the package that registers it."
+                )
+            refuse_near_misses(CONFIG_MAPPING[model_type], settings)
+            found = AutoConfig.for_model(model_type, **settings)
+        else:
+            found = copy.deepcopy(given)
+        if isinstance(found, WrapperConfig):
             raise ValueError(
-                f"{type(self).__name__}: no encoder type {model_type!r} is registered; import the package that "
-                "registers it."
+                f"{name} wraps a plain encoder, but got a {type(found).__name__}; take its encoder_config, or of a "
+                "model to_base()."
             )
-        refuse_near_misses(CONFIG_MAPPING[model_type], settings)
-        return AutoConfig.for_model(model_type, **settings)
+        if found.is_encoder_decoder:
+            raise ValueError(f"{name} wraps an encoder, but {type(found).__name__} is of an encoder-decoder.")
+        return found
 
     @classmethod
     def from_encoder(cls, config: PreTrainedConfig, **settings: Any) -> Self:
         """The method's configuration around that of an encoder.
 
-        `settings` are fields of this class; `encoder_config` among them is a dictionary of what changes in the
-        encoder's.
+        `settings` are fields of this class and labels, which replace the encoder's (`problem_type=None` forgets it);
+        `encoder_config` among them is a dictionary of what changes in the encoder's.
 
         Raises:
-            ValueError: `config` is already one of this method, or changes name a field that the encoder lacks.
+            ValueError: `config` is already one of a method, or of an encoder-decoder; or changes name a field that the
+                encoder lacks.
         """
         if isinstance(config, WrapperConfig):
             raise ValueError(
                 f"{cls.__name__}.from_encoder wraps a plain encoder, but got a {type(config).__name__}; load that "
                 "checkpoint with from_pretrained, or unwrap it first: to_base()."
             )
-        changes = settings.pop("encoder_config", None) or {}
-        refuse_near_misses(type(config), changes)
-        return cls(encoder_config=type(config).from_dict(config.to_dict() | changes), **settings)
+        kind = type(config)
+        changes = dict(settings.pop("encoder_config", None) or {})
+        refuse_near_misses(kind, changes)
+        known = _known_fields(kind) | {"num_labels", "attn_implementation", "model_type"}
+        if unknown := sorted(changes.keys() - known):
+            raise ValueError(
+                f"{cls.__name__}.from_encoder: encoder_config names {unknown[0]!r}, but {kind.__name__} has no such "
+                "field."
+            )
+        if changes.get("model_type", config.model_type) != config.model_type:
+            raise ValueError(
+                f"{cls.__name__}.from_encoder: encoder_config changes fields of a {kind.__name__} and cannot make it "
+                f"a {changes['model_type']!r}."
+            )
+        if "problem_type" in settings:
+            changes["problem_type"] = settings.pop("problem_type")
+        renamed: dict[str, Any] = {(kind.attribute_map.get(name) or name): value for name, value in changes.items()}
+        labels = {name: renamed.pop(name) for name in LABELS[:3] if renamed.get(name) is not None}
+        present = config.to_dict()
+        for part in renamed.keys() & kind.sub_configs_defaults.keys():
+            renamed[part] = present[part] | renamed[part]
+        encoder = kind.from_dict(present | renamed)
+        if "attn_implementation" not in settings | renamed:
+            settings["attn_implementation"] = config._attn_implementation
+        _set_labels(encoder, labels)
+        return cls(encoder_config=encoder, **settings)
+
+
+def _known_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    return {field.name for field in fields(config_class)} | set(config_class.attribute_map)
+
+
+def _set_labels(config: PreTrainedConfig, given: Mapping[str, Any]) -> None:
+    """Labels that fit each other: names give numbers, and a number other than theirs gives new names."""
+    if "id2label" in given:
+        config.id2label = {int(number): name for number, name in given["id2label"].items()}
+        config.label2id = None
+    if "label2id" in given:
+        config.label2id = dict(given["label2id"])
+    if "num_labels" in given:
+        config.num_labels = given["num_labels"]
+    if "problem_type" in given:
+        config.problem_type = given["problem_type"]
+    if config.id2label is not None and set((config.label2id or {}).values()) != set(config.id2label):
+        config.label2id = {str(name): int(number) for number, name in config.id2label.items()}

@@ -34,7 +34,7 @@ def test_info_shows_everything_registered(slug, capsys):
         paper.official_code,
         paper.trainer,
         paper.arguments,
-        paper.converter,
+        *([paper.converter] if paper.converter else []),
     ):
         assert piece in out
     assert f"{paper.config.__name__} (model_type {paper.config.model_type})" in out

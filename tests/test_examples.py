@@ -20,9 +20,9 @@ from bestiary.configuration.configuration_core import BestiaryConfig
 from bestiary.modeling.modeling_electra import ElectraJointForSequenceClassification
 from bestiary.recipe import Recipe, load_recipe
 from bestiary.registry import load_object
-from bestiary.trainers.finetuning import FinetuneTrainingArguments
+from bestiary.trainers.finetuning import FinetuneTrainer
 from bestiary.trainers.optimization import layerwise_groups
-from bestiary.trainers.tasks import TaskDataArguments
+from bestiary.trainers.seeds import SeededTaskArguments, task_training_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -55,12 +55,23 @@ training:
 """What makes any recipe of pre-training a run of two updates on a text of a few lines."""
 
 
-def load(name: str, *options: str) -> Recipe:
-    """A recipe as its script reads it: with a slug that is pretrain.py, without one finetune.py."""
+def is_for_a_task(name: str) -> bool:
+    """Whether a recipe is for a labelled task: without a paper, or with one whose trainer fine-tunes."""
     slug = RECIPES[name].get("slug")
-    if slug is None:
-        return load_recipe(["--config", name, *options], data=TaskDataArguments, training=FinetuneTrainingArguments)
-    return load_recipe(["--config", name, *options], data=load_object(get_paper(slug).trainer).data_arguments)
+    return slug is None or issubclass(load_object(get_paper(slug).trainer), FinetuneTrainer)
+
+
+def load(name: str, *options: str) -> Recipe:
+    """A recipe as its script reads it: pretrain.py, or finetune.py and compress.py for a labelled task."""
+    command = ["--config", name, *options]
+    if is_for_a_task(name):
+        return load_recipe(command, data=SeededTaskArguments, training=task_training_arguments)
+    return load_recipe(command, data=load_object(get_paper(RECIPES[name]["slug"]).trainer).data_arguments)
+
+
+PRETRAINED = [
+    name for name in TINY if not is_for_a_task(name) and get_paper(RECIPES[name]["slug"]).kind != "compression"
+]
 
 
 # Recipes
@@ -189,7 +200,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+    "name", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PRETRAINED]
 )
 def test_tiny_recipe_runs_saves_resumes_and_reloads(name, workplace, monkeypatch):
     printed = launch(workplace, "pretrain.py", "--config", name, "override.yaml")

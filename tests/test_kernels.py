@@ -422,12 +422,12 @@ class TestSamplingParts:
 
     def test_hashed_uniform_numbers(self):
         keys = slot_keys(torch.arange(4), torch.arange(4).repeat_interleave(16), torch.arange(16).repeat(4))
-        uniform = sampling._unit_float32(keys, 5000)
+        uniform = sampling.unit_float32(keys, 5000)
         assert uniform.min() >= 0 and uniform.max() < 1 and uniform.dtype == torch.float32
         counts = torch.histc(uniform, 64, 0, 1)
         assert chi_square_is_plausible((uniform * 64).long().flatten(), torch.full((64,), 1 / 64))
         assert counts.sum() == uniform.numel()
-        both_halves = sampling._unit_float32(torch.tensor([7, 7 + 2**40]), 100)
+        both_halves = sampling.unit_float32(torch.tensor([7, 7 + 2**40]), 100)
         assert not torch.equal(both_halves[0], both_halves[1])
         table = torch.corrcoef(uniform)
         assert (table - torch.eye(64)).abs().max() < 5 / math.sqrt(5000)

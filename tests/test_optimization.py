@@ -160,7 +160,7 @@ def test_build_optimizer_takes_all_settings_from_the_arguments(tmp_path):
     optimizer = build_optimizer("bert_adam", [{"params": [torch.nn.Parameter(torch.ones(1))]}], args)
     group = optimizer.param_groups[0]
     assert [group[key] for key in ("lr", "betas", "eps", "weight_decay")] == [0.3, (0.8, 0.9), 1e-4, 0.2]
-    with pytest.raises(ValueError, match="one of bert_adam, lamb; got 'adam'"):
+    with pytest.raises(ValueError, match="one of bert_adam, lamb, radam; got 'adam'"):
         build_optimizer("adam", [], args)
 
 
@@ -337,7 +337,7 @@ def test_parameter_depths_by_name(name, depth):
 
 def test_arguments_reject_bad_values_with_the_allowed_ones(tmp_path):
     for field, value, message in [
-        ("optimizer", "adam", "BestiaryTrainingArguments.optimizer must be one of bert_adam, lamb; got 'adam'"),
+        ("optimizer", "adam", "BestiaryTrainingArguments.optimizer must be one of bert_adam, lamb, radam; got 'adam'"),
         ("schedule", "lin", "BestiaryTrainingArguments.schedule must be one of bert, .*linear.*; got 'lin'"),
         ("layerwise_lr_decay", 0.0, r"layerwise_lr_decay must be in \(0, 1\], got 0.0"),
         ("layerwise_lr_decay", 1.01, r"layerwise_lr_decay must be in \(0, 1\], got 1.01"),

@@ -14,7 +14,8 @@ class BestiaryTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the optimizers, schedules and layer-wise rates of `optimization.py`.
 
     Added:
-        optimizer: name in `OPTIMIZERS` ("bert_adam", "lamb"); None leaves the choice to transformers' `optim`.
+        optimizer: name in `OPTIMIZERS` ("bert_adam", "lamb", "radam"); None leaves the choice to transformers'
+            `optim`.
         schedule: "bert", "electra", "inverse_square_root", "one_cycle", or a step-wise schedule of transformers
             ("linear", "cosine", ...); None leaves the choice to `lr_scheduler_type`.
         schedule_kwargs: options of `schedule`, a dict or a JSON string.
@@ -36,7 +37,7 @@ class BestiaryTrainingArguments(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "schedule_kwargs"]
 
     optimizer: str | None = field(
-        default=None, metadata={"help": "Optimizer of a paper: bert_adam, lamb. Default: the one of `optim`."}
+        default=None, metadata={"help": "Optimizer of a paper: bert_adam, lamb, radam. Default: the one of `optim`."}
     )
     schedule: str | None = field(
         default=None,

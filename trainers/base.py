@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.utils.generic import find_labels
 
 from ..modeling.layers.losses import IGNORE
 from ..modeling.layers.wrapping import WrapperPreTrainedModel
@@ -88,6 +89,8 @@ class BestiaryTrainer(Trainer):
     loss_is_scaled_for_ga = True
     collator_columns: ClassVar[tuple[str, ...]] = ()
     """Columns of the data set that the collator needs and the model's forward does not name."""
+    predicted: ClassVar[str] = "logits"
+    """End of the names of the model's outputs that `predict` returns."""
 
     def __init__(
         self, model: nn.Module | None = None, args: BestiaryTrainingArguments | None = None, *rest: Any, **kwargs: Any
@@ -108,6 +111,11 @@ class BestiaryTrainer(Trainer):
         self._train_sums, self._eval_sums = _Accumulator(), _Accumulator()
         self._logged_at = 0
         self._last_batch_counts = True
+        wrapper = self.accelerator.unwrap_model(self.model)
+        if isinstance(wrapper, WrapperPreTrainedModel) and self.args.label_names is None:
+            # a wrapper's forward names the labels of every task; without all of its labels a batch has no loss
+            theirs = find_labels(type(wrapper.wrapped))
+            self.label_names = [name for name in self.label_names if name in theirs] or self.label_names
         self.run_description: dict[str, Any] = {}
         """What only the caller knows of the run, for the card; see `bestiary.cards.TrainerInfo`."""
 
@@ -272,7 +280,7 @@ class BestiaryTrainer(Trainer):
                 return loss, None, None
             if own is not inputs:
                 outputs = self.loss_sums(model, inputs)[1]
-        logits = tuple(value.detach() for name, value in outputs.items() if name.endswith("logits"))
+        logits = tuple(value.detach() for name, value in outputs.items() if name.endswith(self.predicted))
         labels = tuple(inputs[name] for name in self.label_names)
         return loss, _only(logits) if logits else None, _only(labels)
 

@@ -90,7 +90,14 @@ def lamb(params: Any, lr: float, betas: tuple[float, float], eps: float, weight_
     return optimizer
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"bert_adam": BertAdam, "lamb": lamb}
+def radam(params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Optimizer:
+    """Adam with a rectified rate in its first steps (Liu et al., 2019, arXiv 1908.03265), decay decoupled."""
+    return torch.optim.RAdam(
+        params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"bert_adam": BertAdam, "lamb": lamb, "radam": radam}
 """Optimizers by the name that `BestiaryTrainingArguments.optimizer` takes; others are transformers' own (`optim`)."""
 
 

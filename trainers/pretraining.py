@@ -1,11 +1,26 @@
-"""What pre-training recipes share: data arguments, and the hooks by which one script trains any paper's objective."""
+"""What recipes on running text share: data arguments, the hooks by which one script trains any paper's objective, and
+the run itself, which is the body of the scripts.
+"""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 
+from ..demo import demo_tokenizer
+from ..recipe import Recipe
+from ..registry import get_paper, load_object
+from ..text_data import load_text_documents
 from .base import BestiaryTrainer
 from .documents import pack_segments, tokenize_documents
 from .masking import MaskingCollator
@@ -26,8 +41,13 @@ class PretrainingDataArguments:
         num_proc: processes that tokenize.
     """
 
-    dataset: str | None = field(default=None, metadata={"help": "demo, a data set on the Hub, or a folder."})
-    train_file: str | None = field(default=None, metadata={"help": "Local text: .txt, .jsonl, .parquet or .csv."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "demo, a data set on the Hub, or a folder.", "replaces": ("train_file", "validation_file")},
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local text: .txt, .jsonl, .parquet or .csv.", "replaces": ("dataset",)}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Local held-out text."})
     text_column: str = field(default="text", metadata={"help": "Column that holds a document."})
     validation_fraction: float = field(
@@ -52,6 +72,25 @@ class PretrainingTrainer(BestiaryTrainer):
     """
 
     data_arguments: ClassVar[type[PretrainingDataArguments]] = PretrainingDataArguments
+
+    @classmethod
+    def build_tokenizer(cls, recipe: Recipe) -> PreTrainedTokenizerBase:
+        """The tokenizer that the recipe names, or the demo's."""
+        name = recipe.data.tokenizer
+        return AutoTokenizer.from_pretrained(name) if name else demo_tokenizer()
+
+    @classmethod
+    def build_config(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+        """The configuration that the recipe describes, with the tokenizer's vocabulary."""
+        return recipe.build_config(vocab_size=len(tokenizer))
+
+    @classmethod
+    def build_model(cls, recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+        """The model to train: that of the checkpoint which the recipe names, or a fresh one."""
+        name = recipe.model.get("name_or_path")
+        if name:
+            return AutoModelForPreTraining.from_pretrained(name, config=config)
+        return AutoModelForPreTraining.from_config(config)
 
     @classmethod
     def build_datasets(
@@ -110,3 +149,61 @@ class PretrainingTrainer(BestiaryTrainer):
                 "leave vocab_size out "
                 "of the recipe to take the tokenizer's."
             )
+
+
+def text_data_arguments(values: Mapping[str, Any]) -> type[PretrainingDataArguments]:
+    """Dataclass of a recipe's section `data`, by its paper; `ValueError` if it names none."""
+    if values.get("slug") is None:
+        raise ValueError("Training on text needs the paper: give --config with a recipe, or --slug.")
+    return load_object(str(get_paper(values["slug"]).trainer)).data_arguments
+
+
+def train_on_text(recipe: Recipe, command: str) -> PretrainingTrainer:
+    """Train by a recipe on running text, evaluate, and save the result, its card and the plot to `output_dir`.
+
+    Args:
+        recipe: with a paper whose trainer is a `PretrainingTrainer`.
+        command: what the card says that was run.
+    """
+    data, training = recipe.data, recipe.training
+    trainer_class = load_object(str(get_paper(str(recipe.slug)).trainer))
+    set_seed(training.seed)
+    with training.main_process_first(desc="preparing the data"):
+        documents = load_text_documents(
+            data.dataset,
+            data.train_file,
+            data.validation_file,
+            data.text_column,
+            data.validation_fraction,
+            seed=data.data_seed,
+        )
+        tokenizer = trainer_class.build_tokenizer(recipe)
+        config = trainer_class.build_config(recipe, tokenizer)
+        examples = trainer_class.build_datasets(documents, tokenizer, config, data, training)
+
+    held_out = examples.get("validation")
+    if held_out is not None and data.max_validation_examples is not None:
+        held_out = held_out.select(range(min(data.max_validation_examples, len(held_out))))
+    trainer = trainer_class(
+        trainer_class.build_model(recipe, config),
+        training,
+        data_collator=trainer_class.build_collator(tokenizer, config, data, training),
+        train_dataset=examples["train"],
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+    )
+    trainer.run_description = {
+        "data": (
+            f"{data.dataset or data.train_file}: {len(examples['train']):,} sequences of at most "
+            f"{data.max_length} tokens"
+        ),
+        "command": command,
+        "base_model": recipe.model.get("name_or_path"),
+    }
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_result()
+    trainer.save_state()
+    return trainer

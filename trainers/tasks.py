@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 from peft import PeftModel, get_peft_config, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -25,7 +26,8 @@ from transformers import (
 
 from ..configuration.configuration_core import WrapperConfig
 from ..modeling.layers.losses import IGNORE
-from ..registry import get_paper, load_object
+from ..modeling.layers.wrapping import WrapperPreTrainedModel
+from ..registry import Paper, get_paper, load_object
 from .finetuning import FinetuneTrainer, classification_metrics, regression_metrics, tagging_metrics
 from .squad import best_answers, qa_features, squad_scores
 
@@ -58,8 +60,13 @@ class TaskDataArguments:
     """
 
     task: str = field(default="classification", metadata={"help": "classification, regression, tagging or qa."})
-    dataset: str | None = field(default=None, metadata={"help": "demo, a data set on the Hub, or a folder."})
-    train_file: str | None = field(default=None, metadata={"help": "Local .parquet, .jsonl or .csv."})
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "demo, a data set on the Hub, or a folder.", "replaces": ("train_file", "eval_file")},
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Local .parquet, .jsonl or .csv.", "replaces": ("dataset",)}
+    )
     eval_file: str | None = field(default=None, metadata={"help": "Local .parquet, .jsonl or .csv."})
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
@@ -409,10 +416,12 @@ class PreparedTask:
         """Read and tokenize what `recipe.data` (`TaskDataArguments`) names, once per machine.
 
         Raises:
-            ValueError: the recipe names no model, or the data does not fit the task.
+            ValueError: the recipe names no model, its method has none for the task or does not fine-tune, or the data
+                does not fit the task.
         """
         name = _checkpoint(recipe)
         task_class = TASKS[recipe.data.task]
+        _method(recipe)
         tokenizer = AutoTokenizer.from_pretrained(name, **task_class.tokenizer_options)
         with recipe.training.main_process_first(desc="preparing the data"):
             train, held_out = load_labelled(recipe.data)
@@ -425,24 +434,27 @@ class PreparedTask:
         `peft` holds the fields of a configuration of peft (`peft_type`, ...), by which the model is then trained. What
         is new in the model starts from the global generator; seed it before.
 
+        A checkpoint of the recipe's own method is trained on, with the settings of the recipe; if the recipe has no
+        method, the plain model of such a checkpoint is trained.
+
         Raises:
-            ValueError: inputs are longer than the model's positions, or it has no head for the task.
+            ValueError: inputs are longer than the model's positions, it has no head for the task, or it is a
+                checkpoint of another method.
         """
         name = _checkpoint(recipe)
         config = recipe.build_config(**self.task.config_fields())
         self.task.check_sizes(config)
+        paper = _method(recipe)
         trainer_class = FinetuneTrainer
-        if isinstance(config, WrapperConfig):
-            paper = get_paper(recipe.slug)
-            if self.task.auto_class not in paper.models:
-                raise ValueError(
-                    f"The paper {paper.slug!r} has no model for the task {recipe.data.task} "
-                    f"({self.task.auto_class}); it has {', '.join(sorted(paper.models))}."
-                )
+        if paper is not None:
             trainer_class = load_object(str(paper.trainer))
-            model = paper.models[self.task.auto_class].from_encoder(name, config=config)
+            kind = cast(type[WrapperPreTrainedModel], paper.models[self.task.auto_class])
+            again = isinstance(AutoConfig.from_pretrained(name), paper.config)
+            model = kind.from_pretrained(name, config=config) if again else kind.from_encoder(name, config=config)
         else:
             model = getattr(transformers, self.task.auto_class).from_pretrained(name, config=config)
+            if isinstance(model, WrapperPreTrainedModel):
+                model = model.to_base()
         if peft is not None:
             model = peft_model(model, self.task.peft_task, peft)
         return trainer_class(
@@ -471,6 +483,29 @@ def peft_model(model: PreTrainedModel, task_type: str, settings: dict[str, Any])
     except TypeError as error:
         raise ValueError(f"peft: the configuration of {name} does not take these settings: {error}.") from error
     return cast(PeftModel, get_peft_model(model, config))
+
+
+def _method(recipe: "Recipe") -> Paper | None:
+    """The recipe's paper if it is a method of fine-tuning any encoder, else None.
+
+    Raises:
+        ValueError: it is such a method, but not one of fine-tuning, or without a model for the task.
+    """
+    paper = get_paper(recipe.slug) if recipe.slug else None
+    if paper is None or not issubclass(paper.config, WrapperConfig):
+        return None
+    if paper.trainer is None or not issubclass(load_object(paper.trainer), FinetuneTrainer):
+        raise ValueError(
+            f"The paper {paper.slug!r} is no method of fine-tuning. Run its own script first, and fine-tune what it "
+            "leaves by a recipe without a slug, as finetune_classification."
+        )
+    auto_class = TASKS[recipe.data.task].auto_class
+    if auto_class not in paper.models:
+        raise ValueError(
+            f"The paper {paper.slug!r} has no model for the task {recipe.data.task} ({auto_class}); it has "
+            f"{', '.join(sorted(paper.models))}."
+        )
+    return paper
 
 
 def _checkpoint(recipe: "Recipe") -> str:

@@ -5,7 +5,9 @@ The converter of a paper is a module, by convention `bestiary.conversion.<slug>`
 * `LAYOUT`: a pattern found in some parameter name of its official checkpoints and in none of another paper's;
 * `MODEL_TYPES`: values of `model_type` that a configuration beside such a checkpoint may have;
 * `PARTS`: names of sub-folders if a checkpoint may come as several folders that belong together, else `()`;
-* `convert(state, config)`: the ready model, from tensors by official names and the configuration beside them.
+* `convert(state, config)`: the ready model, from tensors by official names and the configuration beside them;
+* perhaps `SPECIAL_TOKENS`: those of a tokenizer that is made of a lone `vocab.txt`, where they are not BERT's
+  (`{"cls_token": "[SOS]"}`).
 
 Weights are read from safetensors, from npz without pickled objects, and from torch files by `weights_only=True`, so
 that no checkpoint can run code.
@@ -444,7 +446,8 @@ def convert_checkpoint(
     except StrictDataclassError as error:
         raise ValueError(f"The configuration of {checkpoint} is not valid. {error}") from error
     folder = checkpoint / converter.PARTS[0] if _has_parts(checkpoint, converter.PARTS) else checkpoint
-    tokenizer = _read_tokenizer(folder if folder.is_dir() else folder.parent, model.config)
+    special_tokens = vars(converter).get("SPECIAL_TOKENS", {})
+    tokenizer = _read_tokenizer(folder if folder.is_dir() else folder.parent, model.config, special_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as stage:
         finished = Path(stage) / out.name
@@ -457,8 +460,10 @@ def convert_checkpoint(
     return out
 
 
-def _read_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
-    """The tokenizer in a folder, or None; of a lone `vocab.txt` BERT's, lower-casing if no piece has a capital."""
+def _read_tokenizer(folder: Path, config: PreTrainedConfig, special_tokens: Mapping[str, str]) -> Any:
+    """The tokenizer in a folder, or None; of a lone `vocab.txt` BERT's, lower-casing if no piece has a capital, with
+    these special tokens.
+    """
     tokenizer = None
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -473,6 +478,7 @@ def _read_tokenizer(folder: Path, config: PreTrainedConfig) -> Any:
                 {piece: index for index, piece in enumerate(pieces)},
                 do_lower_case=not cased,
                 model_max_length=config.max_position_embeddings,
+                **special_tokens,
             )
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(

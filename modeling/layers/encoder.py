@@ -17,7 +17,7 @@ from .attention import EncoderAttention, EncoderSelfAttention
 from .embeddings import EncoderEmbeddings
 from .feed_forward import Intermediate, PreNormOutput, ResidualOutput
 from .pretrained import BestiaryPreTrainedModel
-from .unpadding import padding_share, plan_packing
+from .unpadding import PackedRows, padding_share, plan_packing
 
 
 class EncoderLayer(GradientCheckpointingLayer):
@@ -211,6 +211,21 @@ class EncoderModel(EncoderPreTrainedModel):
         """
         return None
 
+    def attention_inputs(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+        """What all layers get beside the hidden states (B, T, D): the mask in the form of the attention backend, and
+        further arguments by name.
+
+        Called once per forward pass, after packing: `position_ids` (1 or B, T) are those of the rows as they are now,
+        None for 0 ... T-1. A model whose bias follows them keeps `supports_unpadding`.
+        """
+        bias = self.position_bias(hidden_states)
+        if bias is None:
+            return attention_mask, {}
+        # a bias that requires grad makes sdpa leave its fused kernel, also where no gradient is wanted
+        return attention_mask, {"position_bias": bias if torch.is_grad_enabled() else bias.detach()}
+
     @capture_outputs
     def forward(
         self,
@@ -230,9 +245,8 @@ class EncoderModel(EncoderPreTrainedModel):
         """
         self.check_inputs(input_ids, inputs_embeds, position_ids)
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        packing = None
-        if self._worth_unpadding(attention_mask, kwargs):
-            packing = plan_packing(attention_mask)
+        packing = self.plan_unpadding(attention_mask, kwargs)
+        if packing is not None:
             positions = torch.arange(length, device=attention_mask.device).expand(batch, length)
             position_ids = packing.pack(positions if position_ids is None else position_ids.expand(batch, length))
             input_ids, token_type_ids, inputs_embeds = (
@@ -247,15 +261,18 @@ class EncoderModel(EncoderPreTrainedModel):
                 smallest = torch.finfo(hidden_states.dtype).min
                 attention_mask = torch.where(attention_mask, 0.0, smallest).to(hidden_states.dtype)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        bias = self.position_bias(hidden_states)
-        if bias is not None:
-            # a bias that requires grad makes sdpa leave its fused kernel, also where no gradient is wanted
-            kwargs["position_bias"] = bias if torch.is_grad_enabled() else bias.detach()
-        hidden_states = self.encoder(hidden_states, mask, **kwargs)
+        mask, arguments = self.attention_inputs(hidden_states, mask, position_ids)
+        hidden_states = self.encoder(hidden_states, mask, **arguments, **kwargs)
         if packing is not None:
             hidden_states = packing.unpack(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def plan_unpadding(self, attention_mask: torch.Tensor | None, recording: dict) -> PackedRows | None:
+        """The packed rows of a batch that is to be run on its real tokens only, else None. `recording` are the
+        keywords of the forward pass.
+        """
+        return plan_packing(attention_mask) if self._worth_unpadding(attention_mask, recording) else None
 
     def _worth_unpadding(self, attention_mask: torch.Tensor | None, recording: dict) -> bool:
         """Whether this batch is run on its real tokens only: wanted, possible, and nothing per position is

@@ -6,6 +6,7 @@ everywhere.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -130,6 +131,10 @@ class LanguageModelHead(Head):
     """What heads with `cls.predictions` share: the tie with the word table, resizing, the masked loss."""
 
     accepts_loss_kwargs = True
+    sees_own_token: ClassVar[bool] = True
+    """Whether the logits at a position depend on the token there. False: its likelihood needs no mask, and the class
+    has `token_log_likelihoods`.
+    """
 
     def add_head(self, config) -> None:
         self.cls = nn.Module()

@@ -91,7 +91,7 @@ def sample_categorical(
         elif keys is None:
             samples.append(_gumbel_argmax_(scores, torch.rand(scores.shape, device=device, generator=generator)))
         else:
-            samples.append(_gumbel_argmax_(scores, _unit_float32(keys[part], vocabulary)))
+            samples.append(_gumbel_argmax_(scores, unit_float32(keys[part], vocabulary)))
     return torch.cat(samples)
 
 
@@ -164,7 +164,7 @@ def _unit_float64(keys: torch.Tensor) -> torch.Tensor:
     return _shift(keys, 11, 64).double() * 2**-53
 
 
-def _unit_float32(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
+def unit_float32(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Uniform numbers k / 2^24 for every (slot, token): keys (C,) int64 -> (C, V) float32.
 
     Three multiply-and-shift rounds of 32-bit words on a counter over the tokens; the two halves of the slot's key

@@ -1,16 +1,37 @@
 """Base of method papers: a model of any type, stock or ours, wrapped whole with its head, and given back plain."""
 
+import copy
 import os
-from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...configuration.configuration_core import WrapperConfig
+from ...configuration.configuration_core import LABELS, WrapperConfig
+from .losses import check_labels
 from .pretrained import BestiaryPreTrainedModel
+
+
+LOADING = (
+    "attn_implementation",
+    "cache_dir",
+    "dtype",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Keywords of `from_encoder` that say how a checkpoint is loaded."""
 
 
 class BareEncoder(nn.Module):
@@ -57,7 +78,10 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
             for module in wrapped.modules():
                 module._is_hf_initialized = True
         config.encoder_config = wrapped.config  # one object, so that a change is seen from both sides
-        self.model = BareEncoder(wrapped) if self.wrapped_auto_class is AutoModel else wrapped
+        config._attn_implementation_internal = wrapped.config._attn_implementation
+        # an encoder that holds its base under that base's name needs no other
+        bare = self.wrapped_auto_class is AutoModel and wrapped.base_model is wrapped
+        self.model = BareEncoder(wrapped) if bare else wrapped
         self.accepts_loss_kwargs = bool(getattr(wrapped, "accepts_loss_kwargs", False))
         self.add_method()
         self.post_init()
@@ -88,34 +112,56 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
 
         Args:
             encoder: folder or Hub name of a plain checkpoint, or a model, which is then shared and not copied. A head
-                that the checkpoint lacks starts from the global generator.
+                that the checkpoint lacks starts from the global generator, as what the method adds.
             config: the method's configuration around the encoder's; by default made from `settings`.
             settings: fields of the method's configuration, and labels (`num_labels`, ...). `encoder_config` is a
-                dictionary of changes to the encoder's configuration, for a checkpoint only.
+                dictionary of changes to the encoder's configuration. Labels and changes are for a checkpoint only, and
+                so are the keywords of loading: `dtype`, `attn_implementation`, `revision`, `token`, ...
 
         Raises:
-            ValueError: a checkpoint of this or another wrapped method, a model of another kind than
-                `wrapped_auto_class`, or both `config` and `settings`.
+            ValueError: a checkpoint of this or another wrapped method, an encoder-decoder, a model of another kind
+                than `wrapped_auto_class`, or both `config` and `settings`.
         """
+        loading = {name: settings.pop(name) for name in LOADING if name in settings}
         if config is not None and settings:
             raise ValueError(
                 f"{cls.__name__}.from_encoder: give either config or single settings, got config and "
                 f"{', '.join(settings)}."
             )
-        if isinstance(encoder, (str, Path, os.PathLike)):
+        config = copy.deepcopy(config)
+        if isinstance(encoder, (str, os.PathLike)):
+            where = {name: value for name, value in loading.items() if name not in ("dtype", "attn_implementation")}
             if config is None:
-                config = cls.config_class.from_encoder(AutoConfig.from_pretrained(encoder), **settings)
-            wrapped = cls.wrapped_auto_class.from_pretrained(encoder, config=config.encoder_config)
+                config = cls.config_class.from_encoder(AutoConfig.from_pretrained(encoder, **where), **settings)
+            wrapped = cls.wrapped_auto_class.from_pretrained(encoder, config=config.encoder_config, **loading)
         else:
+            if isinstance(encoder, WrapperPreTrainedModel):
+                raise ValueError(
+                    f"{cls.__name__}.from_encoder wraps a plain model, but got a {type(encoder).__name__}; unwrap it "
+                    "first: to_base()."
+                )
+            fixed = {"encoder_config", *LABELS} & {name for name, value in settings.items() if value not in (None, {})}
+            if fixed or loading:
+                raise ValueError(
+                    f"{cls.__name__}.from_encoder: {', '.join(sorted((*fixed, *loading)))} cannot be given for a "
+                    f"{type(encoder).__name__} that is built already; change it before, or give a checkpoint."
+                )
             wrapped = encoder.base_model if cls.wrapped_auto_class is AutoModel else encoder
             cls._check_kind(wrapped)
-            if settings.get("encoder_config") or any(name in settings for name in ("num_labels", "id2label")):
-                raise ValueError(
-                    f"{cls.__name__}.from_encoder: a {type(wrapped).__name__} that is built already keeps its "
-                    "configuration and labels; change them before building it, or give a checkpoint."
-                )
             config = cls.config_class.from_encoder(wrapped.config, **settings) if config is None else config
-        return cls(config, wrapped).train(wrapped.training)
+        there = {id(part) for part in (*wrapped.parameters(), *wrapped.buffers())}
+        model = cls(config, wrapped)
+        model._follow(wrapped, there)
+        return model.train(wrapped.training)
+
+    def _follow(self, wrapped: PreTrainedModel, there: set[int]) -> None:
+        """Move what the method added to the device of the wrapped model, and to its type but where that must stay."""
+        names = [*(self._keep_in_fp32_modules or ()), *(self._keep_in_fp32_modules_strict or ())]
+        for name, part in (*self.named_parameters(), *self.named_buffers()):
+            if id(part) not in there:
+                floating = part.is_floating_point() and not set(names) & set(name.split("."))
+                part.data = part.data.to(wrapped.device, wrapped.dtype if floating else part.dtype)
+        self.config.dtype = wrapped.config.dtype
 
     @classmethod
     def _check_kind(cls, model: PreTrainedModel) -> None:
@@ -142,7 +188,13 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
         end_positions: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """What the wrapped model returns. Inputs that are None are not passed: not every model knows them all."""
+        """What the wrapped model returns. Inputs that are None are not passed: not every model knows them all.
+
+        Raises:
+            ValueError: the number of a class out of range.
+        """
+        if labels is not None:
+            self._check_classes(labels)
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -154,6 +206,22 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
             "end_positions": end_positions,
         }
         return self.model(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def _check_classes(self, labels: torch.Tensor) -> None:
+        """Stock heads let the loss fail instead, on a GPU without a word of what is wrong."""
+        classes = self.config.num_labels
+        numbered = not labels.is_floating_point() and classes > 1
+        if self.wrapped_auto_class is AutoModelForSequenceClassification:
+            numbered = numbered and self.config.problem_type in (None, "single_label_classification")
+        elif self.wrapped_auto_class is not AutoModelForTokenClassification:
+            return
+        if numbered:
+            check_labels(type(self).__name__, labels, classes)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the configuration says what the wrapped model took over."""
+        super().set_attn_implementation(*args, **kwargs)
+        self.config._attn_implementation_internal = self.wrapped.config._attn_implementation
 
     def get_input_embeddings(self) -> nn.Module:
         return self.wrapped.get_input_embeddings()

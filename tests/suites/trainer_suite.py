@@ -144,13 +144,15 @@ class ObjectiveSuite:
 
     Attributes:
         slug: the paper's entry in the registry.
-        parts: names of the parts of the loss, as they are logged without "_loss".
+        parts: names of the parts of the loss, as they are logged without "_loss"; none if the loss has a single one.
         metrics: names of the further figures in every log line.
+        training_figures: names of those that only lines of training have.
     """
 
     slug: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
     metrics: ClassVar[tuple[str, ...]] = ()
+    training_figures: ClassVar[tuple[str, ...]] = ()
 
     # ---- what a subclass gives
 
@@ -260,9 +262,12 @@ class ObjectiveSuite:
         weights = trainer.loss_weights()
         for prefix, entry in lines:
             names = [f"{prefix}{part}_loss" for part in self.parts] + [f"{prefix}{name}" for name in self.metrics]
+            names += [] if prefix else self.training_figures
             others = {f"{prefix}loss", "grad_norm", "learning_rate", "epoch", "step"}
             assert set(entry) <= set(names) | others, "a figure that the suite's subclass does not name"
             assert all(math.isfinite(entry[name]) for name in names)
+            if not self.parts:
+                continue
             total = sum(weights[part] * entry[f"{prefix}{part}_loss"] for part in self.parts)
             assert entry[f"{prefix}loss"] == pytest.approx(total, rel=1e-6)
 
