@@ -39,14 +39,14 @@ def paper_teacher_layer(config: PreTrainedConfig) -> int:
 
 
 def _student(model_type: str, layers: int, width: int) -> dict[str, Any]:
-    settings = {
+    settings: dict[str, Any] = {
         "bert": {},
         "roberta": {"vocab_size": 50265},
         "xlm-roberta": {"vocab_size": 250002},
     }[model_type]
     if model_type != "bert":
         settings |= {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
-    sizes = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 4 * width}
     return {"model_type": model_type, "num_attention_heads": 12} | sizes | settings
 
 
@@ -102,7 +102,7 @@ class MiniLMv2Config(WrapperConfig):
 
     def validate_relations(self):
         """Relations are known, at least one counts, heads divide the student's width, layers exist."""
-        weights = self.relation_weights
+        weights = self.relation_weights or {}
         if not set(weights) <= set(PAIRS) or min(weights.values(), default=0) < 0 or not any(weights.values()):
             raise self.reject(
                 "relation_weights", f"weights of at least 0 for some of {', '.join(PAIRS)}, one of them above 0"
@@ -110,7 +110,7 @@ class MiniLMv2Config(WrapperConfig):
         if self.num_relation_heads < 1:
             raise self.reject("num_relation_heads", "at least 1")
         self.check_width("student", self.encoder_config)
-        if not 1 <= self.student_layer <= self.encoder_config.num_hidden_layers:
+        if not 1 <= (self.student_layer or 0) <= self.encoder_config.num_hidden_layers:
             raise self.reject(
                 "student_layer", f"in 1..{self.encoder_config.num_hidden_layers}, the layers of the student"
             )
@@ -143,7 +143,8 @@ class MiniLMv2Config(WrapperConfig):
     @property
     def active_relations(self) -> dict[str, float]:
         """Weights of the relations that count, in the order of `PAIRS`."""
-        return {pair: float(self.relation_weights[pair]) for pair in PAIRS if self.relation_weights.get(pair)}
+        weights = self.relation_weights or {}
+        return {pair: float(weights[pair]) for pair in PAIRS if weights.get(pair)}
 
     @classmethod
     def from_size(cls, size: str, **overrides: Any) -> Self:
@@ -151,7 +152,8 @@ class MiniLMv2Config(WrapperConfig):
         if size not in cls.SIZES:
             raise ValueError(f"{cls.__name__} has no size {size!r}; there are {', '.join(cls.SIZES)}.")
         encoder, heads = cls.SIZES[size]
-        return cls(**({"encoder_config": dict(encoder), "num_relation_heads": heads} | overrides))
+        settings: dict[str, Any] = {"encoder_config": dict(encoder), "num_relation_heads": heads}
+        return cls(**(settings | overrides))
 
     @classmethod
     def from_teacher(
@@ -175,20 +177,21 @@ class MiniLMv2Config(WrapperConfig):
             ValueError: a student that cannot imitate this teacher, see `check_teacher`, or a teacher that is not
                 found.
         """
+        theirs: Any = teacher
         if isinstance(teacher, str):
             settings = {"teacher": teacher} | settings
             try:
-                teacher = AutoConfig.from_pretrained(teacher)
+                theirs = AutoConfig.from_pretrained(teacher)
             except OSError as error:
                 raise ValueError(
                     f"{cls.__name__}.teacher={teacher!r} is no folder with a config.json and no model on the Hub that "
                     f"can be reached: {error}"
                 ) from error
-        settings.setdefault("num_relation_heads", 64 if teacher.hidden_size == 1024 else 48)
+        settings.setdefault("num_relation_heads", 64 if theirs.hidden_size == 1024 else 48)
         if not isinstance(encoder_config, PreTrainedConfig):
-            encoder_config = cls._student_for(teacher, dict(encoder_config or {}))
+            encoder_config = cls._student_for(theirs, dict(encoder_config or {}))
         config = cls(encoder_config=encoder_config, **settings)
-        config.teacher_layer = config.check_teacher(teacher)
+        config.teacher_layer = config.check_teacher(theirs)
         return config
 
     @classmethod
@@ -212,11 +215,12 @@ class MiniLMv2Config(WrapperConfig):
                 if theirs.get(name) == teacher.hidden_size:
                     theirs[name] = sizes["hidden_size"]
             return student_class.from_dict(theirs | own)
-        shared = {name: getattr(teacher, name, None) for name in (*OF_THE_VOCABULARY, *OF_THE_INPUT)}
+        shared: dict[str, Any] = {name: getattr(teacher, name, None) for name in (*OF_THE_VOCABULARY, *OF_THE_INPUT)}
         if not shared["type_vocab_size"]:  # DeBERTa has none; others need a row
             del shared["type_vocab_size"]
         shared = {name: value for name, value in shared.items() if name in known and value is not None}
         positions = longest_input(teacher)
         if model_type in OFFSET_POSITIONS:
             positions += shared["pad_token_id"] + 1
-        return student_class(**({"max_position_embeddings": positions} | shared | sizes))
+        settings: dict[str, Any] = {"max_position_embeddings": positions}
+        return student_class(**(settings | shared | sizes))

@@ -72,7 +72,7 @@ def train_with_seeds(recipe: Recipe, command: str) -> dict[str, dict[str, Any]]:
     """Train once per seed, into `output_dir/seed_<seed>` if there are several; returns mean, standard deviation and
     values of every metric, which are also written to `output_dir/results.json`.
     """
-    training, root = recipe.training, Path(recipe.training.output_dir)
+    training, root = recipe.training, Path(str(recipe.training.output_dir))
     seeds = [int(seed) for seed in recipe.data.seeds.split(",")] if recipe.data.seeds else [training.seed]
     prepared = PreparedTask.load(recipe)
     runs = []

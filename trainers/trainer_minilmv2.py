@@ -94,7 +94,7 @@ class MiniLMv2Trainer(PretrainingTrainer):
             )
         super().__init__(model, args, *rest, **kwargs)
         self.label_names = ["input_ids"]  # there is a loss wherever there is text
-        model.attach_teacher(teacher, dtype=args.teacher_dtype and getattr(torch, args.teacher_dtype))
+        model.attach_teacher(teacher, dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None)
 
     def loss_weights(self) -> dict[str, float]:
         return self.accelerator.unwrap_model(self.model).loss_weights()
@@ -135,7 +135,7 @@ class MiniLMv2Trainer(PretrainingTrainer):
         return tokenizer
 
     @classmethod
-    def build_config(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> MiniLMv2Config:
+    def build_config(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
         """The student that `model.encoder_config` describes for the teacher, or that of the checkpoint to go on
         from.
         """
@@ -144,7 +144,7 @@ class MiniLMv2Trainer(PretrainingTrainer):
         return MiniLMv2Config.from_teacher(**recipe.model)
 
     @classmethod
-    def build_model(cls, recipe: Recipe, config: PreTrainedConfig) -> MiniLMv2ForPreTraining:
+    def build_model(cls, recipe: Recipe, config: Any) -> MiniLMv2ForPreTraining:
         """The student, with its teacher."""
         start = recipe.model.get("name_or_path")
         if not start:
@@ -193,8 +193,8 @@ class MiniLMv2Trainer(PretrainingTrainer):
         config: PreTrainedConfig,
         data: PretrainingDataArguments,
         training: TrainingArguments,
-    ) -> DataCollatorWithPadding:
-        """What pads; nothing is masked."""
+    ) -> Any:
+        """`DataCollatorWithPadding`; nothing is masked."""
         return DataCollatorWithPadding(tokenizer, pad_to_multiple_of=data.pad_to_multiple_of)
 
 

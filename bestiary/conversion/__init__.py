@@ -474,11 +474,12 @@ def _read_tokenizer(folder: Path, config: PreTrainedConfig, special_tokens: Mapp
             logger.warning(f"{folder / 'vocab.txt'} has no {', '.join(sorted(missing))}; no tokenizer is written.")
         else:
             cased = any(piece != piece.lower() for piece in pieces if not re.fullmatch(r"\[[^\]]+\]", piece))
+            options: dict[str, Any] = dict(special_tokens)
             tokenizer = BertTokenizer(
                 {piece: index for index, piece in enumerate(pieces)},
                 do_lower_case=not cased,
                 model_max_length=config.max_position_embeddings,
-                **special_tokens,
+                **options,
             )
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(

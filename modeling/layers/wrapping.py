@@ -95,6 +95,7 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
         self._no_split_modules = layers
 
     @torch.no_grad()
+    # trf-ignore: TRF018
     def _init_weights(self, module: nn.Module) -> None:
         """As the wrapped model initialises its own."""
         self.wrapped._init_weights(module)
