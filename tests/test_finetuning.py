@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -627,6 +628,25 @@ def test_script_with_seeds(run, folders, tmp_path):
     alone = run(folders.stock_bert, *options, "--seeds", "4", rows=rows, output="alone")
     assert alone["eval_loss"]["values"] == losses["values"][1:]
     assert (tmp_path / "alone/model.safetensors").is_file()
+
+
+def test_seeds_go_on_after_a_kill(run, folders, tmp_path):
+    options = ("--max_steps", "2", "--learning_rate", "1e-2", "--save_strategy", "steps", "--save_steps", "1")
+    options += ("--seeds", "3,4")
+    rows = [*colours(16)]
+    whole = run(folders.stock_bert, *options, rows=rows)
+    shutil.rmtree(tmp_path / "out/seed_4")  # as if the second seed had not begun,
+    shutil.rmtree(tmp_path / "out/seed_3/checkpoint-2")  # and the first had stopped in the middle
+    again = run(folders.stock_bert, *options, "--resume_from_checkpoint", "last", rows=rows)
+    assert again["eval_loss"] == whole["eval_loss"]
+    with pytest.raises(ValueError, match="is of one run, but the seeds are 3,4"):
+        run(
+            folders.stock_bert,
+            *options,
+            "--resume_from_checkpoint",
+            str(tmp_path / "out/seed_3/checkpoint-1"),
+            rows=rows,
+        )
 
 
 @pytest.mark.parametrize(

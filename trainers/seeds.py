@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from ..recipe import Recipe
 from ..registry import get_paper, load_object
+from .base import last_complete_checkpoint
 from .finetuning import FinetuneTrainingArguments
 from .tasks import PreparedTask, TaskDataArguments
 
@@ -46,9 +47,11 @@ def task_training_arguments(values: Mapping[str, Any]) -> type[FinetuneTrainingA
     return found if issubclass(found, FinetuneTrainingArguments) else FinetuneTrainingArguments
 
 
-def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str, float]:
+def train_once(
+    recipe: Recipe, prepared: PreparedTask, command: str, resume: str | bool | None = None
+) -> dict[str, float]:
     """Train with `training.seed`, save the result to `training.output_dir`, and return the metrics of the
-    evaluation.
+    evaluation. `resume` is `resume_from_checkpoint` of the trainer.
     """
     training = recipe.training
     set_seed(training.seed)
@@ -59,8 +62,7 @@ def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str
         "command": command,
         "base_model": recipe.model["name_or_path"],
     }
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "last" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
     trainer.save_result()
     trainer.save_metrics("eval", metrics)
@@ -71,9 +73,19 @@ def train_once(recipe: Recipe, prepared: PreparedTask, command: str) -> dict[str
 def train_with_seeds(recipe: Recipe, command: str) -> dict[str, dict[str, Any]]:
     """Train once per seed, into `output_dir/seed_<seed>` if there are several; returns mean, standard deviation and
     values of every metric, which are also written to `output_dir/results.json`.
+
+    Raises:
+        ValueError: several seeds, and a checkpoint by its path to resume from. `last` goes on with the seeds that have
+            one and starts the others.
     """
     training, root = recipe.training, Path(str(recipe.training.output_dir))
     seeds = [int(seed) for seed in recipe.data.seeds.split(",")] if recipe.data.seeds else [training.seed]
+    resume: str | bool | None = training.resume_from_checkpoint
+    if len(seeds) > 1 and resume not in (None, "last"):
+        raise ValueError(
+            f"{type(training).__name__}.resume_from_checkpoint={resume!r} is of one run, but the seeds are "
+            f"{recipe.data.seeds}; resume all of them by 'last', or give that run's seed alone."
+        )
     prepared = PreparedTask.load(recipe)
     runs = []
     for seed in seeds:
@@ -81,7 +93,9 @@ def train_with_seeds(recipe: Recipe, command: str) -> dict[str, dict[str, Any]]:
             training.seed = training.data_seed = seed
         if len(seeds) > 1:
             training.output_dir = str(root / f"seed_{seed}")
-        runs.append(train_once(recipe, prepared, command))
+        if training.resume_from_checkpoint == "last":
+            resume = len(seeds) == 1 or last_complete_checkpoint(str(training.output_dir)) is not None
+        runs.append(train_once(recipe, prepared, command, resume))
 
     summary = {}
     for name in runs[0]:
