@@ -75,11 +75,13 @@ class TheseusConfig(WrapperConfig):
                 raise self.reject("replacing_k", "None with replacing_scheduler='constant'")
             if self.steps_for_replacing is not None:
                 raise self.reject("replacing_k", "None where steps_for_replacing is given, from which it follows")
-            if self.replacing_k <= 0:
-                raise self.reject("replacing_k", "above 0")
+            if not 0 < self.replacing_k < math.inf:
+                raise self.reject("replacing_k", "above 0 and finite")
         if self.steps_for_replacing is not None:
-            if self.steps_for_replacing <= 0:
-                raise self.reject("steps_for_replacing", "above 0 (below 1: a share of all updates), or None")
+            if not 0 < self.steps_for_replacing < math.inf:
+                raise self.reject(
+                    "steps_for_replacing", "above 0 and finite (below 1: a share of all updates), or None"
+                )
             if self.steps_for_replacing >= 1 and self.steps_for_replacing != int(self.steps_for_replacing):
                 raise self.reject("steps_for_replacing", "a whole number of updates, or a share below 1")
 
@@ -102,10 +104,21 @@ class TheseusConfig(WrapperConfig):
         return stays and self.rate_at(step, total) == 1
 
     def source_layers(self, depth: int) -> list[int]:
-        """Which of `depth` layers each layer of the successor starts from; not for "random"."""
+        """Which of `depth` layers each layer of the successor starts from; not for "random".
+
+        Raises:
+            ValueError: `depth` is below the successor's, or no multiple of it for "interleaved".
+        """
         kept = self.successor_num_hidden_layers
+        interleaved = self.successor_init == "interleaved"
+        if depth < kept or (interleaved and depth % kept):
+            raise ValueError(
+                f"{type(self).__name__}.successor_num_hidden_layers={kept} with successor_init="
+                f"{self.successor_init!r} needs {'a multiple of as many' if interleaved else 'at least as many'} "
+                f"layers to start from; successor_from={self.successor_from!r} has {depth}."
+            )
         if self.successor_init == "top":
             return list(range(depth - kept, depth))
-        if self.successor_init == "interleaved":
+        if interleaved:
             return [(index + 1) * depth // kept - 1 for index in range(kept)]
         return list(range(kept))

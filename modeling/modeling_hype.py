@@ -12,14 +12,15 @@ Decisions:
 * `noise="uniform"` is U(-s, s), as the paper says; the released code draws s * U[0, 1): `official_uniform=True`.
 * An unknown noise is refused; the released code builds the exception and does not raise it.
 * The noise is added in float32 at least. Under autocast the result stays float32, and with it the residual stream.
-  A model with 16-bit weights cannot take a float32 stream: there the sum is rounded, and a scale below the spacing of
-  its numbers, which would vanish, is refused.
+  A layer with 16-bit weights cannot take a float32 stream, not even under autocast (its LayerNorm wants one type):
+  there the sum is rounded, and a scale below the spacing of its numbers, which would vanish, is refused.
 * No gradient goes into the noise, no scaling by length or width; padding gets noise like any position.
 * `output_hidden_states` shows the states before the noise, as the released BERT file does (its XLNet file: after).
 * Draws come from `noise_seeds`, one per example, if they are given (then the split of a batch changes nothing), else
   from the global generator. Both survive activation checkpointing: a hook on a layer is called once, outside the part
   that is computed twice, a hook on its attention is called again with the generator's state restored.
-* XLNet's two streams are not built; its layers are refused.
+* XLNet is refused: its layers take two streams in permutation language modelling, and (T, B, D), where noise by row
+  does not fit.
 
 torch.compile(fullgraph=True) works, with and without seeds; the noise is then part of the graph.
 """
@@ -45,6 +46,9 @@ from .layers.keyed_noise import keyed_normal, keyed_uniform
 from .layers.wrapping import WrapperPreTrainedModel, layer_list
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 class Perturbation:
     """The noise of one model: where it goes in, and how it is drawn.
 
@@ -65,6 +69,7 @@ class Perturbation:
         self.seeds: torch.Tensor | None = None
         self.attached = False
         self.handles: list[RemovableHandle] = []
+        self.layers: dict[int, nn.Module] = {}
         self.inputs: dict[int, nn.Module] = {}
         self.middles: dict[int, nn.Module] = {}
         if self.noise == "none" or self.scale == 0:
@@ -73,6 +78,7 @@ class Perturbation:
             raise ValueError("HyPe is not built for XLNet, whose layers have two streams; take another encoder.")
         layers = layer_list(model)
         for number in config.perturbed_layers:
+            self.layers[number] = layers[number]
             if config.noise_position != "mid":
                 self.inputs[number] = layers[number]
             if config.noise_position != "input":
@@ -115,12 +121,13 @@ class Perturbation:
         """h + scale * e in float32 or wider, (B, T, D).
 
         Raises:
-            ValueError: 16-bit hidden states outside autocast, and a scale below their spacing.
+            ValueError: 16-bit hidden states, outside autocast or in a layer with 16-bit weights, and a scale below
+                their spacing.
         """
-        if hidden.dtype not in (torch.bfloat16, torch.float16):
+        if hidden.dtype not in HALF:
             return torch.add(hidden, self.draw(hidden, stream), alpha=self.scale)
         noisy = torch.add(hidden.float(), self.draw(hidden, stream), alpha=self.scale)
-        if torch.is_autocast_enabled(hidden.device.type):
+        if torch.is_autocast_enabled(hidden.device.type) and not self.has_half_weights(stream // 2):
             return noisy
         spacing = torch.finfo(hidden.dtype).eps
         if self.scale < spacing:
@@ -131,19 +138,24 @@ class Perturbation:
             )
         return noisy.to(hidden.dtype)
 
+    def has_half_weights(self, number: int) -> bool:
+        """Whether a layer has 16-bit parameters."""
+        return any(parameter.dtype in HALF for parameter in self.layers[number].parameters())
+
     @torch.no_grad()
     def draw(self, hidden: torch.Tensor, stream: int) -> torch.Tensor:
         """Noise e of scale 1 for hidden states (B, T, D): N(0, 1), U(-1, 1), or with `official_uniform` U[0, 1).
 
         `stream` is 2 l for the input of layer l, 2 l + 1 for its middle.
         """
+        rows, length, width = hidden.shape
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         if self.noise == "normal":
             if self.seeds is not None:
-                return keyed_normal(hidden.shape, self.seeds, stream)
+                return keyed_normal((rows, length, width), self.seeds, stream)
             return torch.randn(hidden.shape, dtype=dtype, device=hidden.device)
         if self.seeds is not None:
-            unit = keyed_uniform(hidden.shape, self.seeds, stream)
+            unit = keyed_uniform((rows, length, width), self.seeds, stream)
         else:
             unit = torch.rand(hidden.shape, dtype=dtype, device=hidden.device)
         return unit if self.official_uniform else unit.mul_(2).sub_(1)
@@ -155,10 +167,10 @@ def feed_forward_input(layer: nn.Module) -> nn.Module:
     Raises:
         ValueError: a layout that is not BERT's or DistilBERT's.
     """
-    parts = dict(layer.named_children())
-    if {"attention", "intermediate", "output"} <= parts.keys() and "crossattention" not in parts:
+    parts = dict(layer.named_children())  # all of them: one more (post_attention, layernorm_before) is another layout
+    if parts.keys() == {"attention", "intermediate", "output"}:
         return parts["attention"]
-    if {"attention", "sa_layer_norm", "ffn"} <= parts.keys():
+    if parts.keys() == {"attention", "sa_layer_norm", "ffn", "output_layer_norm"}:
         return parts["sa_layer_norm"]
     raise ValueError(
         f"HypeConfig.noise_position: {type(layer).__name__} has no known place between attention and feed-forward "

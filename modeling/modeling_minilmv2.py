@@ -17,25 +17,33 @@ Decisions, where implementations differ or go wrong:
   and feed-forward are not run. The student ends in the same way while it learns;
 * what the loss does not reach (the rest of the student's layer, later layers, the pooler) is frozen while the student
   learns, so that neither DDP nor weight decay touches it, and keeps its initial values until fine-tuning;
-* the teacher is never a module of the student: it is neither saved nor trained nor wrapped with it.
+* the teacher is never a module of the student: it is neither saved nor trained nor wrapped with it. It follows the
+  device of the inputs;
+* whether an encoder is one whose projections are found is tried on three tokens (`probe`), not only read off the names
+  of its modules: a type that computes otherwise is refused.
 
 torch.compile(fullgraph=True) takes the plain path of the loss and needs memory for all scores.
 """
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModel, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_minilmv2 import MiniLMv2Config
 from .layers.relations import relation_losses
 from .layers.wrapping import WrapperPreTrainedModel, layer_list
+from .modeling_realformer import RealformerLayer, RealformerPreNormLayer
 
 
 Projections = dict[str, torch.Tensor]
@@ -43,6 +51,12 @@ Projections = dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------------------- projections of a layer
+
+
+WORKING = (
+    "MiniLMv2 takes encoders such as BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DeBERTa, DeBERTa-v2, DistilBERT, "
+    "RoBERTa-PreLayerNorm and bestiary's own with one stream (bert, tupe, performer, linear-attention, realformer)."
+)
 
 
 class LayerProjections:
@@ -71,15 +85,15 @@ class LayerProjections:
         for place, names, returns_tuple in self.LAYOUTS:
             owner = modules.get(place)
             if owner is not None and set(names) <= {name for name, _ in owner.named_children()}:
-                self.owner, self.returns_tuple = owner, returns_tuple
+                self.owner = owner
+                self.returns_tuple = returns_tuple or isinstance(layer, (RealformerLayer, RealformerPreNormLayer))
                 self.linears = [modules[f"{place}.{name}"] for name in names]
                 self.norm = modules.get("attention.LayerNorm")
                 break
         else:
             raise ValueError(
                 f"{type(layer).__name__} has no query, key and value projections where they are looked for "
-                f"({'; '.join(f'{place}: ' + ', '.join(names) for place, names, _ in self.LAYOUTS)}); MiniLMv2 takes "
-                "encoders such as BERT, RoBERTa, ELECTRA, XLM-R, DeBERTa and DistilBERT."
+                f"({'; '.join(f'{place}: ' + ', '.join(names) for place, names, _ in self.LAYOUTS)}); {WORKING}"
             )
 
     def __call__(self, hidden_states: torch.Tensor, wanted: str = "qkv") -> Projections:
@@ -88,8 +102,12 @@ class LayerProjections:
             hidden_states = self.norm(hidden_states)
         if len(self.linears) == 3:
             return {name: linear(hidden_states) for name, linear in zip("qkv", self.linears) if name in wanted}
+        return self.split(self.linears[0](hidden_states), wanted)
+
+    def split(self, projected: torch.Tensor, wanted: str) -> Projections:
+        """The projections in the output of the fused linear map."""
         heads = self.owner.num_attention_heads  # DeBERTa: a head's queries, keys and values lie side by side
-        fused = self.linears[0](hidden_states).unflatten(-1, (heads, 3, -1))  # (B, N, H, 3, d)
+        fused = projected.unflatten(-1, (heads, 3, -1))  # (B, N, H, 3, d)
         query, key, value = (part.flatten(-2) for part in fused.unbind(-2))
         found = {"q": query + self.owner.q_bias, "k": key, "v": value + self.owner.v_bias}
         return {name: found[name] for name in wanted}
@@ -132,6 +150,7 @@ def project_at(encoder: PreTrainedModel, layer: int, wanted: str, inputs: dict[s
             changed[module] = lambda states: states
         elif name == "encoder.conv" and layer == 1:  # of DeBERTa-v2, on the output of the first layer
             changed[module] = lambda states, residual, mask: residual
+    before = {module: module.__dict__["forward"] for module in changed if "forward" in module.__dict__}  # accelerate's
     try:
         for module, forward in changed.items():
             module.forward = forward
@@ -139,7 +158,106 @@ def project_at(encoder: PreTrainedModel, layer: int, wanted: str, inputs: dict[s
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
+            if module in before:
+                module.forward = before[module]
     return dict(zip(wanted, states.chunk(len(wanted), -1)))
+
+
+# ---------------------------------------------------------------------------------------------------------- self-check
+
+
+def can_probe(encoder: PreTrainedModel) -> bool:
+    """Whether an encoder can run here and now: it has its weights, whole, and nothing is being traced."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or is_deepspeed_zero3_enabled():
+        return False
+    return not any(part.is_meta or part.is_inference() or isinstance(part, DTensor) for part in encoder.parameters())
+
+
+@contextmanager
+def _at_rest(encoder: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, with all parameters trainable and attention that runs anywhere; all is undone at the end,
+    the random state included.
+    """
+    modes = {module: module.training for module in encoder.modules()}
+    trainable = {part: part.requires_grad for part in encoder.parameters() if part.is_floating_point()}
+    attention = encoder.config._attn_implementation
+    try:
+        with torch.random.fork_rng([encoder.device] if encoder.device.type == "cuda" else []):
+            for module in modes:
+                module.training = False
+            for part in trainable:
+                part.requires_grad_(True)
+            if attention not in (None, "eager", "sdpa"):
+                encoder.config._attn_implementation_internal = "eager"
+            yield
+    finally:
+        encoder.config._attn_implementation_internal = attention
+        for part, flag in trainable.items():
+            part.requires_grad_(flag)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def probe(encoder: PreTrainedModel, layer: int, wanted: str = "qkv", gradients: bool = False) -> set[str]:
+    """Compare `project_at` on three tokens with what the layer's linear maps return in a whole forward pass.
+
+    Args:
+        encoder: it is left as it was.
+        layer: counted from 1.
+        wanted: letters of the projections.
+        gradients: find the parameters that have no part in the projections too.
+
+    Returns:
+        Names of these parameters; without `gradients` none.
+
+    Raises:
+        ValueError: the encoder computes these projections in another way, or not at all.
+    """
+    projections = LayerProjections(layer_list(encoder)[layer - 1])
+    tokens = [number for number in range(4) if number != encoder.config.pad_token_id][:3]
+    ids = torch.tensor([tokens], device=encoder.device) % encoder.config.vocab_size
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    try:
+        with _at_rest(encoder):
+            with torch.no_grad():
+                expected = _observed(encoder, projections, wanted, inputs)
+            with torch.set_grad_enabled(gradients):
+                found = project_at(encoder, layer, wanted, inputs)
+                total = sum(vectors.sum() for vectors in found.values())
+            for name, ours in found.items():
+                theirs = expected[name].reshape(*ids.shape, -1)
+                if ours.shape != theirs.shape or (ours - theirs).abs().max() > 0.01 * theirs.abs().max():
+                    raise ValueError(f"{name!r} at its layer {layer} is computed from something else")
+            if not gradients:
+                return set()
+            parameters = {name: part for name, part in encoder.named_parameters() if part.is_floating_point()}
+            reached = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+            return {name for name, gradient in zip(parameters, reached) if gradient is None}
+    except Exception as error:
+        raise ValueError(
+            f"{type(encoder).__name__} does not project to queries, keys and values in a way that is known, or does "
+            f"not run ({error}). {WORKING}"
+        ) from error
+
+
+def _observed(
+    encoder: PreTrainedModel, projections: LayerProjections, wanted: str, inputs: dict[str, Any]
+) -> Projections:
+    """What the linear maps return in a whole forward pass."""
+    seen: dict[nn.Module, torch.Tensor] = {}
+
+    def keep(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        seen.setdefault(module, output)  # DeBERTa-v2 calls them again, for its relative positions
+
+    hooks = [linear.register_forward_hook(keep) for linear in projections.linears]
+    try:
+        encoder(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(projections.linears) == 1:
+        return projections.split(seen[projections.linears[0]], wanted)
+    return {name: seen[linear] for name, linear in zip("qkv", projections.linears) if name in wanted}
 
 
 class RelationTeacher(nn.Module):
@@ -149,6 +267,9 @@ class RelationTeacher(nn.Module):
         encoder: the teacher; it is changed: layers after `layer` are dropped, and so are its gradients and dropout.
         layer: counted from 1.
         wanted: letters of the projections.
+
+    Raises:
+        ValueError: a type whose projections are not found, see `probe`.
     """
 
     def __init__(self, encoder: PreTrainedModel, layer: int, wanted: str = "qkv"):
@@ -159,6 +280,8 @@ class RelationTeacher(nn.Module):
         self.encoder = encoder.requires_grad_(False)
         self.layer, self.wanted = layer, wanted
         self.train(False)
+        if can_probe(encoder):
+            probe(encoder, layer, wanted)
 
     def train(self, mode: bool = True) -> Self:
         """A teacher is never in training mode."""
@@ -209,6 +332,7 @@ class MiniLMv2ForPreTraining(MiniLMv2PreTrainedModel):
 
     def add_method(self) -> None:
         self._frozen: list[str] = []
+        self._unreached: set[str] | None = None  # names, once the encoder has run
         self._attached: tuple[RelationTeacher, ...] = ()  # a tuple, so that the teacher is no module of this one
         self.relations = self.config.active_relations
         self.wanted = "".join(letter for letter in "qkv" if any(letter in pair for pair in self.relations))
@@ -280,10 +404,16 @@ class MiniLMv2ForPreTraining(MiniLMv2PreTrainedModel):
         if not isinstance(teacher, RelationTeacher):
             encoder = load_encoder(teacher)
             teacher = RelationTeacher(encoder, self.config.check_teacher(encoder.config), self.wanted)
-        self._attached = (teacher.to(device=self.device, dtype=dtype),)
+        device = teacher.encoder.device if self.device.type == "meta" else self.device
+        self._attached = (teacher.to(device=device, dtype=dtype),)
 
     def freeze_unused(self) -> None:
-        """Freeze what the loss does not reach: the rest of the student's layer, what lies above, the pooler."""
+        """Freeze what the loss does not reach: the rest of the student's layer, what lies above, the pooler, and what
+        only these use, such as DeBERTa's relative positions.
+
+        Raises:
+            ValueError: a student of a type whose projections are not found, see `probe`.
+        """
         self.unfreeze()
         encoder = self.wrapped
         layers = layer_list(encoder)
@@ -292,8 +422,11 @@ class MiniLMv2ForPreTraining(MiniLMv2PreTrainedModel):
         reached = {id(parameter) for parameter in projections.parameters(self.wanted)}
         upper = {id(parameter) for layer in layers[place:] for parameter in layer.parameters()}
         after = tuple(f"{name}." for name in (AFTER_LAYERS if projections.norm is None else AFTER_PRE_NORM_LAYERS))
+        if self._unreached is None and can_probe(encoder):
+            self._unreached = probe(encoder, place + 1, self.wanted, gradients=True)
+        unreached = self._unreached or set()
         for name, parameter in encoder.named_parameters():
-            above = id(parameter) in upper - reached or name.startswith(after)
+            above = id(parameter) in upper - reached or name.startswith(after) or name in unreached
             if above and parameter.requires_grad:
                 parameter.requires_grad_(False)
                 self._frozen.append(name)
@@ -314,6 +447,13 @@ class MiniLMv2ForPreTraining(MiniLMv2PreTrainedModel):
     def loss_weights(self) -> dict[str, float]:
         """Weights of the relations in the loss."""
         return dict(self.relations)
+
+    def _ask_teacher(self, inputs: dict[str, torch.Tensor]) -> Projections:
+        (teacher,) = self._attached
+        device = next(iter(inputs.values())).device
+        if not torch.compiler.is_compiling() and teacher.encoder.device != device:
+            teacher.to(device)  # `to` of this model does not reach it
+        return teacher(**inputs)
 
     @can_return_tuple
     def forward(
@@ -354,7 +494,7 @@ class MiniLMv2ForPreTraining(MiniLMv2PreTrainedModel):
         if not theirs and not self._attached:
             return self.model(**inputs, **kwargs)
         if not theirs:
-            theirs = self._attached[0](**inputs)
+            theirs = self._ask_teacher(inputs)
         if not set(self.wanted) <= set(theirs):
             raise ValueError(
                 f"{type(self).__name__}.forward needs the teacher's projections {', '.join(self.wanted)} for the "

@@ -35,6 +35,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -50,6 +51,8 @@ from .layers.wrapping import WrapperPreTrainedModel, layer_list
 
 
 SUCCESSOR = "scc_layer"
+WHERE = ("cache_dir", "local_files_only", "token", "trust_remote_code")
+"""Keywords of loading that hold for `successor_from` too."""
 
 
 class ReplaceableLayers(nn.ModuleList):
@@ -136,7 +139,7 @@ class TheseusPreTrainedModel(WrapperPreTrainedModel):
                 part._is_hf_initialized = False
         else:
             self._fill(layers, self.wrapped.config)
-        self._plain_config()  # what could not be exported is refused here
+        self._check_result()
         self.layers.rate = float(self.config.replacing_rate)
         self._random = random.Random(0)
         if not self.config.has_predecessor:
@@ -175,13 +178,49 @@ class TheseusPreTrainedModel(WrapperPreTrainedModel):
         successor's results from then on.
 
         Raises:
-            ValueError: besides that method's, layers of `successor_from` or of the encoder that do not fit.
+            ValueError: besides that method's, layers of `successor_from` or of the encoder that do not fit, an encoder
+                whose result could not be built, or a checkpoint that was not fine-tuned for this task, for as many
+                labels or with these names of labels in this order.
         """
+        where = {name: settings[name] for name in WHERE if name in settings}
         model = super().from_encoder(encoder, config, **settings)
         if model.config.successor_from is not None:
-            other = AutoModel.from_pretrained(model.config.successor_from)
+            other = AutoModel.from_pretrained(model.config.successor_from, **where)
             model._fill(layer_list(other), other.config)
         return model
+
+    @classmethod
+    def load_wrapped(cls, encoder: str | os.PathLike, config: PreTrainedConfig, **loading: Any) -> Any:
+        """As its base does, but a task's checkpoint must be whole: a head that is drawn here would stay as it is."""
+        if cls.wrapped_auto_class is AutoModel:
+            return super().load_wrapped(encoder, config, **loading)
+        where = {name: value for name, value in loading.items() if name not in ("dtype", "attn_implementation")}
+        there = AutoConfig.from_pretrained(encoder, **where)
+        wrapped, report = super().load_wrapped(
+            encoder, config, output_loading_info=True, ignore_mismatched_sizes=True, **loading
+        )
+        subject, advice = (
+            f"{cls.__name__}.from_encoder: the predecessor {str(encoder)!r}",
+            "it is not trained here; fine-tune it first, by examples/finetune.py --config finetune_classification or "
+            "the recipe of another task.",
+        )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{subject} lacks {', '.join(missing)} of a {type(wrapped).__name__}, and {advice}")
+        if mismatched := sorted(report["mismatched_keys"]):
+            sizes = ", ".join(f"{name} is {list(own)}, not {list(wanted)}" for name, own, wanted in mismatched)
+            if there.num_labels != config.num_labels:
+                subject += f" has {there.num_labels} labels, but num_labels is {config.num_labels}"
+            else:
+                subject += " has parameters of other sizes"
+            raise ValueError(f"{subject} ({sizes}), and {advice}")
+        if cls.wrapped_auto_class in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+            own, wanted = ([each.id2label[number] for number in sorted(each.id2label)] for each in (there, config))
+            if own != [f"LABEL_{number}" for number in range(len(own))] and own != wanted:
+                raise ValueError(
+                    f"{subject} has the labels {own}, but id2label is {wanted}, and its head stays as it is; use its "
+                    "names in its order, or fine-tune it on this data first."
+                )
+        return wrapped
 
     def _fill(self, layers: nn.ModuleList, config: PreTrainedConfig) -> None:
         """Copy the weights of the layers that `successor_init` names, if they are layers of the successor's kind."""
@@ -319,20 +358,37 @@ class TheseusPreTrainedModel(WrapperPreTrainedModel):
         plain._attn_implementation = config._attn_implementation
         return plain
 
+    def _plain_model(self) -> PreTrainedModel:
+        """The result, its weights not set."""
+        wrapped, options = self.wrapped, {}
+        if "add_pooling_layer" in inspect.signature(type(wrapped).__init__).parameters:
+            options["add_pooling_layer"] = any(name.startswith("pooler.") for name, _ in wrapped.named_parameters())
+        with init.no_init_weights():
+            return type(wrapped)(self._plain_config(), **options)
+
+    def _check_result(self) -> None:
+        """Refuse before the training what could not be exported after it, such as unknown settings per layer."""
+        try:
+            with torch.device("meta"):
+                self._plain_model()
+        except Exception as error:  # whatever the wrapped class finds wrong
+            kept = self.config.successor_num_hidden_layers
+            raise ValueError(
+                f"{type(self).__name__}: no {type(self.wrapped).__name__} of {kept} layers can be made of this one's "
+                f"configuration, so its successor could not be saved: {error}"
+            ) from error
+
     def to_base(self) -> PreTrainedModel:
         """The plain small model: the wrapped model's class, with the successor as its layers.
 
         It shares the memory of its weights with this one, and all of them can be trained.
         """
-        wrapped, options = self.wrapped, {}
+        wrapped = self.wrapped
         state = wrapped.state_dict()
-        if "add_pooling_layer" in inspect.signature(type(wrapped).__init__).parameters:
-            options["add_pooling_layer"] = any(name.startswith("pooler.") for name in state)
         names = {part: f"{name}." for name, part in wrapped.named_modules()}
         old, new = names[self.layers], names[self.successor]
         state = {name: value for name, value in state.items() if not name.startswith(old)}
-        with init.no_init_weights():
-            plain = type(wrapped)(self._plain_config(), **options)
+        plain = self._plain_model()
         plain.to(wrapped.device).load_state_dict(
             {old + name.removeprefix(new) if name.startswith(new) else name: value for name, value in state.items()},
             assign=True,
@@ -341,11 +397,16 @@ class TheseusPreTrainedModel(WrapperPreTrainedModel):
 
 
 def per_layer_settings(config: PreTrainedConfig) -> dict[str, list]:
-    """Fields of a configuration that hold one value per layer, such as `layer_types`."""
+    """Fields of a configuration that hold one value per layer, such as `layer_types` and `attention_window`.
+
+    By name and length: `pos_att_type` of DeBERTa may have as many values and is none of them.
+    """
     return {
         name: list(value)
         for name, value in config.to_dict().items()
-        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers
+        if any(part in name for part in ("layer", "window"))
+        and isinstance(value, (list, tuple))
+        and len(value) == config.num_hidden_layers
     }
 
 

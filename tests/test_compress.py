@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizerFast,
+)
 
 from bestiary import list_papers
 from bestiary.trainers.seeds import SeededTaskArguments
@@ -101,6 +109,28 @@ def test_distil_resume_and_finetune(workplace, monkeypatch, capsys):
         "BertForSequenceClassification"
     ]
     assert AutoTokenizer.from_pretrained("tuned").get_vocab() == AutoTokenizer.from_pretrained("teacher").get_vocab()
+
+
+def test_a_task_by_its_own_fine_tuned_model(workplace, monkeypatch, capsys):
+    """finetune.py and then compress.py on the same data, with two seeds."""
+    files = "--dataset null --train_file train.jsonl --eval_file eval.jsonl --max_length 16 --disable_tqdm true"
+    tuning = "--config finetune_classification --name_or_path teacher --output_dir tuned --max_steps 2"
+    script("finetune", monkeypatch, f"{tuning} --eval_strategy no {files}")
+    method = "--config theseus_tiny --name_or_path tuned --output_dir small --successor_num_hidden_layers 1"
+    script("compress", monkeypatch, f"{method} --max_steps 4 --seeds 0,1 {files}")
+    assert "Plain model, tokenizer, card and plot of the losses: small" in capsys.readouterr().out
+    for seed in (0, 1):
+        folder = workplace / f"small/seed_{seed}"
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert type(model) is BertForSequenceClassification and not any(report.values())
+        assert model.config.num_hidden_layers == len(model.bert.encoder.layer) == 1
+        assert model.config.id2label == {0: "in", 1: "out"}
+    teacher = AutoModelForSequenceClassification.from_pretrained("tuned")
+    assert_close(model.classifier.state_dict(), teacher.classifier.state_dict(), atol=0, rtol=0)
+
+    (workplace / "small").rename(workplace / "aside")
+    with pytest.raises(ValueError, match="the predecessor 'teacher' lacks .*classifier.weight.*fine-tune it first"):
+        script("compress", monkeypatch, f"{method.replace('tuned', 'teacher')} --max_steps 4 {files}")
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from transformers import (
     ElectraConfig,
     ModernBertConfig,
     RobertaConfig,
+    SqueezeBertConfig,
     XLMRobertaConfig,
     XLNetConfig,
 )
@@ -403,6 +404,28 @@ def test_weights_in_half_precision(dtype, spacing):
     assert model(**batch()).loss.isfinite()
 
 
+@pytest.mark.parametrize("position", ["input", "mid"])
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_half_precision_weights_under_autocast(kind, position):
+    """As without autocast: the layer cannot take float32 states, so the sum is rounded, or refused."""
+    model = make(ENCODERS[kind](), noise_scale=2**-8, noise_position=position).to(torch.bfloat16)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"noise_scale is 0.00390625, but torch.bfloat16 .*Keep float32 weights"),
+    ):
+        model(**batch())
+    model = make(ENCODERS[kind](), noise_scale=2**-4, noise_position=position).to(torch.bfloat16)
+    kinds = []
+    add = model.perturbation.add
+    model.perturbation.add = lambda hidden, stream: kinds.append(add(hidden, stream)) or kinds[-1]
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(**batch(), noise_seeds=SEEDS)
+        other = model(**batch(), noise_seeds=SEEDS + 1)
+    outputs.loss.backward()
+    assert [states.dtype for states in kinds] == [torch.bfloat16] * 6
+    assert outputs.loss.isfinite() and not torch.equal(outputs.logits, other.logits)
+
+
 # ---- the plain model
 
 
@@ -478,6 +501,9 @@ def test_what_cannot_have_noise_is_refused():
     modern = ModernBertConfig(**TINY, bos_token_id=1, eos_token_id=2, cls_token_id=3, sep_token_id=4)
     with pytest.raises(ValueError, match="noise_position: ModernBertEncoderLayer has no known place .*'input'"):
         make(modern, HypeModel, noise_position="both")
+    squeezed = SqueezeBertConfig(**TINY, embedding_size=24, **{f"{part}_groups": 1 for part in "qkv"})
+    with pytest.raises(ValueError, match="SqueezeBertModule has no known place .*post_attention"):
+        make(squeezed, HypeModel, noise_position="mid")
     model = make(modern, HypeModel)
     assert model(batch()["input_ids"]).last_hidden_state.isfinite().all()
     with pytest.raises(ValueError, match="HypeModel wraps a method already"), perturbed(model):

@@ -10,6 +10,8 @@ from suites.wrapper_suite import WrapperSuite
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertConfig, BertModel, RobertaConfig
 
+from bestiary import get_paper, list_papers
+from bestiary.configuration.configuration_core import WrapperConfig
 from bestiary.configuration.configuration_minilmv2 import PAIRS, MiniLMv2Config, longest_input, paper_teacher_layer
 from bestiary.modeling import modeling_minilmv2 as minilmv2
 from bestiary.modeling.layers.wrapping import layer_list
@@ -39,7 +41,12 @@ TYPES = {
     "distilbert": {},
     "bestiary-bert": {"unpad_threshold": 0.0},
     "roberta-prelayernorm": {"pad_token_id": 1, "type_vocab_size": 1},
+    "bestiary-tupe": {},
+    "bestiary-performer": {},
+    "bestiary-linear-attention": {},
+    "bestiary-realformer": {},
 }
+REFUSED = ("bestiary-tta", "roformer", "esm", "megatron-bert", "xlm-roberta-xl", "longformer")
 DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
@@ -47,7 +54,7 @@ def encoder_config(model_type: str, layers: int = 2, width: int = 24, dropout: f
     sizes = SIZES | {"num_hidden_layers": layers, "hidden_size": width}
     if model_type == "distilbert":
         sizes["hidden_dim"] = sizes.pop("intermediate_size")
-    config = AutoConfig.for_model(model_type, **COMMON | sizes | TYPES[model_type])
+    config = AutoConfig.for_model(model_type, **COMMON | sizes | TYPES.get(model_type, {}))
     for name in DROPOUT:
         if name in config.to_dict():
             setattr(config, name, dropout)
@@ -188,6 +195,71 @@ def test_projections_are_what_the_layer_computes(model_type):
         assert torch.equal(again, whole), "the encoder is not what it was"
 
 
+def test_every_encoder_of_ours_is_decided_on():
+    configs = {get_paper(slug).config for slug in list_papers()}
+    own = {config.model_type for config in configs if not issubclass(config, WrapperConfig)} - {
+        "bestiary-electra"
+    }  # two encoders; the result is stock ELECTRA
+    assert own and own <= {*TYPES, *REFUSED}
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_refused_types(model_type, layer):
+    """Whatever they would do otherwise: crash, or imitate what the layer does not compute."""
+    model = encoder(model_type)
+    with pytest.raises(
+        ValueError, match=f"{type(model).__name__} does not project .* MiniLMv2 takes encoders such as"
+    ):
+        MiniLMv2ForPreTraining.from_encoder(model, num_relation_heads=4, student_layer=layer)
+    student = MiniLMv2ForPreTraining.from_encoder(encoder("bert"), num_relation_heads=4, teacher_layer=layer)
+    with pytest.raises(ValueError, match=f"{type(model).__name__} does not project"):
+        student.attach_teacher(model)
+
+
+def test_realformer_of_both_kinds_of_layer():
+    config = encoder_config("bestiary-realformer", layers=3)
+    for pre_norm in (False, True):
+        config.pre_norm = pre_norm
+        model = AutoModel.from_config(config)
+        for layer in (1, 2, 3):
+            assert minilmv2.probe(model, layer, gradients=True)
+
+
+def test_probe_leaves_no_trace():
+    model = encoder("bert").train()
+    model.encoder.layer[0].eval()
+    model.pooler.requires_grad_(False)
+    model.config._attn_implementation = "flash_attention_2"  # does not run here
+    modes = [part.training for part in model.modules()]
+    flags = [value.requires_grad for value in model.parameters()]
+    state = torch.get_rng_state()
+    minilmv2.probe(model, 2, "qv", gradients=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [part.training for part in model.modules()] == modes
+    assert [value.requires_grad for value in model.parameters()] == flags
+    assert all(value.grad is None for value in model.parameters())
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert not any(part._forward_hooks for part in model.modules())
+    with torch.device("meta"):
+        assert not minilmv2.can_probe(AutoModel.from_config(encoder_config("bert")))
+    assert minilmv2.can_probe(model)
+
+
+def test_forward_of_an_instance_is_kept():
+    """As accelerate's hooks set it, on the layer whose output is replaced too."""
+    model = encoder("bert", layers=3)
+    calls = []
+    for place in (1, 2):
+        layer = layer_list(model)[place]
+        plain = layer.forward
+        layer.forward = lambda *args, plain=plain, place=place, **kw: calls.append(place) or plain(*args, **kw)
+    project_at(model, 2, "q", text())
+    assert not calls
+    model(**text())
+    assert calls == [1, 2]
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_layouts(model_type):
     """As teacher and as student: gradients reach what is not frozen and nothing else."""
@@ -310,6 +382,37 @@ def test_earlier_student_layer_freezes_the_later_ones():
     for name, value in model.wrapped.named_parameters():
         assert value.requires_grad == (value.grad is not None), name
         assert not ("layer.2." in name and value.requires_grad)
+
+
+@pytest.mark.parametrize("model_type", ["deberta-v2", "deberta", "bestiary-tupe"])
+def test_what_only_frozen_layers_use_is_frozen(model_type, tmp_path):
+    """Such as tables of relative positions; also after loading, which makes every parameter trainable."""
+    model = MiniLMv2ForPreTraining.from_encoder(encoder(model_type), num_relation_heads=HEADS, student_layer=1)
+    teacher = encoder(model_type, width=TEACHER_WIDTH)
+    model.save_pretrained(tmp_path)
+    outside = set()
+    for each in (model, MiniLMv2ForPreTraining.from_pretrained(tmp_path)):
+        each.attach_teacher(teacher)
+        each(**text()).loss.backward()
+        for name, value in each.wrapped.named_parameters():
+            assert value.requires_grad == (value.grad is not None), name
+            if not value.requires_grad and "layer." not in name and "pooler" not in name:
+                outside.add(name)
+    assert outside
+    if model_type == "deberta-v2":
+        assert {"encoder.rel_embeddings.weight", "encoder.LayerNorm.weight", "encoder.conv.conv.weight"} <= outside
+    assert all(value.requires_grad for value in model.to_base().parameters())
+
+
+def test_teacher_follows_the_inputs():
+    model = MiniLMv2ForPreTraining.from_encoder(encoder("bert"), num_relation_heads=HEADS)
+    model.attach_teacher(encoder("bert", width=TEACHER_WIDTH))
+    model.to("meta")
+    assert model.teacher.encoder.device.type == "cpu"
+    found = model._ask_teacher({"input_ids": text()["input_ids"].to("meta")})
+    assert {*(part.device.type for part in found.values()), model.teacher.encoder.device.type} == {"meta"}
+    model.attach_teacher(encoder("bert", width=TEACHER_WIDTH))
+    assert model.teacher.encoder.device.type == "cpu", "weights are not thrown away for a model without"
 
 
 @pytest.mark.parametrize("pair", PAIRS)

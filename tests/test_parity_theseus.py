@@ -28,8 +28,7 @@ def model(record, request):
 
 
 def compare_outputs(compare, prefix, model, record):
-    names = ("input_ids", "attention_mask", "token_type_ids", "labels")
-    outputs = model(**{name: record.inputs[name] for name in names}, output_hidden_states=True)
+    outputs = model(**record.inputs, output_hidden_states=True)
     compare(f"{prefix}_hidden", outputs.hidden_states[-1])
     compare(f"{prefix}_logits", outputs.logits)
     compare(f"{prefix}_loss", outputs.loss)
@@ -52,19 +51,33 @@ def test_every_pattern(model, record):
             compare_outputs(compare, f"train_{pattern}", model, record)
 
 
+def successor_parameter(model, name):
+    """Index of the module and parameter of `grad_scc<index>_<end of its name>`; None if no or several names fit."""
+    match = re.fullmatch(r"grad[_.](?:bert[_.]encoder[_.])?scc(?:_layer)?[_.]?(\d+)[_.](.+)", name)
+    if match is None or int(match[1]) >= len(model.successor):
+        return None
+    wanted = match[2].replace(".", "_")
+    found = {key.replace(".", "_"): value for key, value in model.successor[int(match[1])].named_parameters()}
+    fitting = [value for key, value in found.items() if key.endswith(f"_{wanted}")]
+    fitting = [found[wanted]] if wanted in found else fitting
+    return (int(match[1]), fitting[0]) if len(fitting) == 1 else None
+
+
 def test_gradients(model, record):
-    pattern = record.config["gradient_pattern"]
+    pattern = record.config.get("gradient_pattern", record.config["patterns"][-1])
+    compared = 0
     model.train().set_pattern([int(digit) for digit in pattern])
     with Comparison(record) as compare:
         compare_outputs(compare, f"train_{pattern}", model, record).loss.backward()
         for name in record.outputs:
-            if match := re.fullmatch(r"grad_scc(\d+)_(query|key|value)_(weight|bias)", name):
-                found = getattr(model.successor[int(match[1])].attention.self, match[2])
-                found = getattr(found, match[3])
-                zero = torch.zeros_like(found)  # officially a zero tensor where the module is not used
-                assert (found.grad is None) == (pattern[int(match[1])] == "0")
-                compare(name, zero if found.grad is None else found.grad)
+            if (found := successor_parameter(model, name)) is not None:
+                index, parameter = found
+                zero = torch.zeros_like(parameter)  # officially a zero tensor where the module is not used
+                assert (parameter.grad is None) == (pattern[index] == "0")
+                compare(name, zero if parameter.grad is None else parameter.grad)
+                compared += 1
         compare.remind(skip=lambda name: name.startswith(("train_", "eval_", "constant_", "linear_")))
+    assert compared, "no recorded gradient is one of the successor's"
 
 
 def test_schedules(record):
@@ -75,7 +88,7 @@ def test_schedules(record):
             if match := re.fullmatch(r"linear_rate_b([\d.e-]+)_k([\d.e-]+)", name):
                 settings = {"replacing_rate": float(match[1]), "replacing_k": float(match[2])}
             elif match := re.fullmatch(r"constant_rate_([\d.e-]+)_steps(\d+|None)", name):
-                length = None if match[2] == "None" else int(match[2])
+                length = None if match[2] == "None" else max(1, int(match[2]))  # 0 switches at update 1, as our 1
                 settings = {"replacing_scheduler": "constant", "replacing_rate": float(match[1])}
                 settings["steps_for_replacing"] = length
             else:

@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForMultipleChoice,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -22,6 +23,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    LongformerConfig,
     ModernBertConfig,
     MPNetConfig,
     RobertaConfig,
@@ -69,6 +71,7 @@ ENCODERS = {
     "modernbert": lambda: ModernBertConfig(**TINY, **MODERN),
     "bestiary-bert": lambda: BertPretrainingConfig(**TINY),
 }
+NAN, INFINITE = float("nan"), float("inf")
 PATTERNS = tuple(itertools.product((0, 1), repeat=2))
 
 
@@ -130,6 +133,11 @@ class TestTheseus(WrapperSuite):
         ({"replacing_k": 0.1, "steps_for_replacing": 5}, "replacing_k must be None where steps_for_replacing"),
         ({"steps_for_replacing": 0}, "steps_for_replacing must be above 0"),
         ({"steps_for_replacing": 2.5}, "steps_for_replacing must be a whole number .* got 2.5"),
+        ({"replacing_rate": NAN}, r"replacing_rate must be in \(0, 1\], got nan"),
+        ({"replacing_k": NAN}, "replacing_k must be above 0 and finite, got nan"),
+        ({"replacing_k": INFINITE}, "replacing_k must be above 0 and finite, got inf"),
+        ({"steps_for_replacing": NAN}, "steps_for_replacing must be above 0 and finite .* got nan"),
+        ({"steps_for_replacing": INFINITE}, "steps_for_replacing must be above 0 and finite .* got inf"),
         ({"successor_init": "last"}, "successor_init"),
         ({"successor_init": "random", "successor_from": "x"}, "successor_from must be None with .*random"),
     )
@@ -362,6 +370,71 @@ def test_initialisation_from_another_checkpoint(tmp_path):
             )
 
 
+def test_another_checkpoint_must_have_the_layers(tmp_path):
+    predecessor = make_predecessor(BertConfig(**TINY))
+    make_predecessor(BertConfig(**TINY | {"num_hidden_layers": 3}), AutoModel).save_pretrained(tmp_path)
+    make, settings = TheseusForSequenceClassification.from_encoder, {"successor_from": str(tmp_path)}
+    for start in ("first", "top"):
+        with pytest.raises(ValueError, match=f"hidden_layers=4 .*'{start}' needs at least as many .* has 3"):
+            make(copy.deepcopy(predecessor), successor_num_hidden_layers=4, successor_init=start, **settings)
+    with pytest.raises(ValueError, match="hidden_layers=2 with .*'interleaved' needs a multiple .* has 3"):
+        make(copy.deepcopy(predecessor), successor_num_hidden_layers=2, successor_init="interleaved", **settings)
+    make(copy.deepcopy(predecessor), successor_num_hidden_layers=2, successor_init="top", **settings)
+
+
+def test_another_checkpoint_is_loaded_from_where_the_first_is(tmp_path, monkeypatch):
+    predecessor, given = make_predecessor(BertConfig(**TINY)), {}
+    predecessor.save_pretrained(tmp_path)
+
+    class Noted:
+        @staticmethod
+        def from_pretrained(name, **keywords):
+            given[name] = keywords
+            return copy.deepcopy(predecessor.base_model)
+
+    monkeypatch.setattr(theseus, "AutoModel", Noted)
+    where = {"token": False, "cache_dir": str(tmp_path), "local_files_only": True, "trust_remote_code": False}
+    TheseusForSequenceClassification.from_encoder(
+        tmp_path, successor_num_hidden_layers=2, successor_from="other", dtype=torch.float32, revision="main", **where
+    )
+    assert given == {"other": where}
+
+
+# ---- which predecessors are taken
+
+
+def test_a_checkpoint_without_the_tasks_head_is_refused(tmp_path):
+    make_predecessor(BertConfig(**TINY), AutoModel).save_pretrained(tmp_path)
+    message = "lacks classifier.bias, classifier.weight of a BertForSequence.*finetune.py --config finetune_classif"
+    with pytest.raises(ValueError, match=message):
+        TheseusForSequenceClassification.from_encoder(tmp_path, successor_num_hidden_layers=2)
+    TheseusModel.from_encoder(tmp_path, successor_num_hidden_layers=2)
+
+
+def test_a_checkpoint_of_another_number_of_labels_is_refused(tmp_path):
+    make_predecessor(BertConfig(**TINY)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has 2 labels, but num_labels is 3 \(classifier.bias is \[2\], not \[3\]"):
+        TheseusForSequenceClassification.from_encoder(tmp_path, successor_num_hidden_layers=2, num_labels=3)
+    changes = {"encoder_config": {"vocab_size": 100}}
+    with pytest.raises(ValueError, match=r"has parameters of other sizes \(bert.embeddings.word.* is \[99, 24\], not"):
+        TheseusForSequenceClassification.from_encoder(tmp_path, successor_num_hidden_layers=2, **changes)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForSequenceClassification, AutoModelForTokenClassification])
+def test_labels_keep_the_predecessors_names_and_order(auto_class, tmp_path):
+    kind = next(each for each in TheseusModel.__base__.__subclasses__() if each.wrapped_auto_class is auto_class)
+    names = {0: "no", 1: "yes"}
+    make_predecessor(BertConfig(**TINY, id2label=names), auto_class).save_pretrained(tmp_path / "named")
+    make_predecessor(BertConfig(**TINY), auto_class).save_pretrained(tmp_path / "numbered")
+    for other in ({0: "yes", 1: "no"}, {0: "no", 1: "maybe"}):
+        with pytest.raises(ValueError, match=rf"labels \['no', 'yes'\], but id2label is \['{other[0]}', '{other[1]}'"):
+            kind.from_encoder(tmp_path / "named", successor_num_hidden_layers=2, id2label=other)
+    for folder, wanted in (("named", None), ("named", names), ("numbered", names)):
+        settings = {} if wanted is None else {"id2label": wanted}
+        model = kind.from_encoder(tmp_path / folder, successor_num_hidden_layers=2, **settings)
+        assert model.config.id2label == names
+
+
 def test_layers_that_differ_are_not_exchanged():
     """ModernBERT's first layer has no norm, and local and global layers alternate."""
     predecessor = make_predecessor(ENCODERS["modernbert"]())
@@ -427,6 +500,31 @@ def test_settings_per_layer_are_those_of_the_successor(tmp_path):
     result = compress(predecessor).to_base()
     result.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).layer_types == kinds[:2]
+
+
+def test_windows_per_layer_are_those_of_the_successor(tmp_path, monkeypatch):
+    """Longformer builds with one window per layer and no other number of them."""
+    config = LongformerConfig(
+        **TINY | {"max_position_embeddings": 34, "pad_token_id": 1}, attention_window=[4, 8, 4, 4]
+    )
+    predecessor, inputs = make_predecessor(config), batch()
+    model = compress(predecessor).eval()
+    assert theseus.per_layer_settings(config) == {"attention_window": [4, 8, 4, 4]}
+    model.to_base().save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert loaded.config.attention_window == [4, 8] and loaded.config.num_hidden_layers == 2
+    assert_close(loaded(**inputs).logits, model(**inputs).logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="successor_init='top'.* cannot become layer 1"):
+        compress(predecessor, successor_init="top")
+    monkeypatch.setattr(theseus, "per_layer_settings", lambda config: {})
+    with pytest.raises(ValueError, match="no LongformerForSequenceClassification of 2 layers can be .*Expected 2"):
+        compress(predecessor)
+
+
+def test_fields_of_as_many_values_by_chance_are_left_alone():
+    config = DebertaV2Config(**TINY | {"num_hidden_layers": 2}, **DISENTANGLED)
+    result = compress(make_predecessor(config), successor_num_hidden_layers=1).to_base()
+    assert result.config.pos_att_type == ["c2p", "p2c"]
 
 
 def test_result_of_other_heads_and_without_a_pooler():

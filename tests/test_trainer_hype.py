@@ -264,6 +264,39 @@ def test_seeds_are_those_of_epoch_and_example():
     assert collator.tokenizer is collator.collator.tokenizer
 
 
+class CountingCollator(DataCollatorForTokenClassification):
+    """A keyed collator of other origin: it tells its epoch and the keys that it sees."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __call__(self, features, return_tensors=None):
+        keys = [feature.pop("example_key") for feature in features]
+        return super().__call__(features) | {"seen": (self.epoch, keys)}
+
+
+def test_keyed_collators_of_other_origin_get_seeds(tmp_path):
+    """They see the keys and the epoch as without HyPe; evaluation leaves the epoch of training; own seeds stay."""
+    inner = CountingCollator(tokenizer())
+    collator = plain_trainer(tmp_path, perturbation=NOISE, collator=inner).data_collator
+    assert isinstance(collator, KeyedNoiseCollator)
+    assert plain_trainer(tmp_path, perturbation=NOISE, collator=collator).data_collator is collator
+    rows = [{**row, "example_key": 7 + key} for key, row in enumerate(tagged_rows(3))]
+    known = KeyedNoiseCollator(DataCollatorForTokenClassification(tokenizer()), seed=3)
+    collator.set_epoch(2)
+    known.set_epoch(2)
+    evaluation = copy.copy(collator)  # as the base trainer does
+    evaluation.set_epoch(EVALUATION_EPOCH)
+    found = collator(rows)
+    assert found["seen"] == (2, [7, 8, 9]) and torch.equal(found["noise_seeds"], known(rows)["noise_seeds"])
+    found = evaluation(rows)
+    assert found["seen"] == (EVALUATION_EPOCH, [7, 8, 9]) and "noise_seeds" not in found
+    own = KeyedNoiseCollator(lambda rows: {"noise_seeds": torch.tensor([5])})
+    assert torch.equal(own(rows)["noise_seeds"], torch.tensor([5]))
+
+
 # ---- NoisyTune
 
 

@@ -163,9 +163,35 @@ def test_tokenizer_must_be_the_teachers(arguments, tmp_path):
     other = [*WORDS[:-2], "z", "y"]
     with pytest.raises(ValueError, match="not that of the teacher .*: 2 of its 31 entries"):
         MiniLMv2Trainer(student(attach=False), arguments, teacher=path, processing_class=tokenizer(other))
+    for given in (tmp_path / "teacher", BertModel.from_pretrained(path)):
+        with pytest.raises(ValueError, match="not that of the teacher"):
+            MiniLMv2Trainer(student(attach=False), arguments, teacher=given, processing_class=tokenizer(other))
+    attached = student(attach=False)
+    attached.attach_teacher(path)
+    with pytest.raises(ValueError, match="not that of the teacher"):
+        MiniLMv2Trainer(attached, arguments, processing_class=tokenizer(other))
     with pytest.raises(ValueError, match="vocab_size=31, the student 30"):
         config = MiniLMv2Config(encoder_config=SIZES | {"vocab_size": 30, "hidden_size": 24}, num_relation_heads=6)
         MiniLMv2Trainer(MiniLMv2ForPreTraining(config), arguments, teacher=teacher())
+
+
+def test_the_teacher_given_goes_before_the_attached_before_the_named(arguments, tmp_path):
+    """And it is its tokenizer that counts."""
+    other = [*WORDS[:-2], "z", "y"]
+    unused = save(tmp_path / "unused", teacher(), other)
+    used = save(tmp_path / "used", teacher(layers=2), WORDS)
+    common = {"data_collator": DataCollatorWithPadding(tokenizer()), "processing_class": tokenizer()}
+    model = student(attach=False, teacher=unused)
+    model.attach_teacher(unused)
+    trainer = MiniLMv2Trainer(model, arguments, teacher=used, **common)
+    assert trainer.model.teacher.layer == 2 and trainer.model.teacher.encoder.device == arguments.device
+    model.attach_teacher(used)
+    assert MiniLMv2Trainer(model, arguments, **common).model.teacher.layer == 2
+    with pytest.raises(ValueError, match="not that of the teacher"):
+        MiniLMv2Trainer(student(attach=False, teacher=unused), arguments, **common)
+    nameless = student(attach=False, teacher=unused)  # of a model without a checkpoint nothing is known
+    nameless.attach_teacher(teacher())
+    MiniLMv2Trainer(nameless, arguments, **common)
 
 
 def test_defaults_of_the_reproductions(tmp_path):

@@ -7,6 +7,7 @@ as the official code: then only resuming is exact.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,17 +61,23 @@ class KeyedNoiseCollator:
     `(seed, epoch, example_key)`. Batches of evaluation have none, since evaluation has no noise.
 
     Args:
-        collator: makes the batch; does not see the keys.
+        collator: makes the batch. A `KeyedCollator` sees the keys and follows the epoch, another kind does neither.
+            Seeds in its batches are kept.
         seed: of the run, non-negative.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], seed: int = 0):
-        self.collator, self.seed = collator, seed
+        self.collator: Any = collator
+        self.seed = seed
         self.tokenizer = getattr(collator, "tokenizer", None)  # transformers saves it with the model
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Select the noise of an epoch."""
+        if isinstance(self.collator, KeyedCollator):
+            inner = copy.copy(self.collator)  # evaluation changes the epoch of a shallow copy of this one
+            inner.set_epoch(epoch)
+            self.collator = inner
         self.epoch = epoch
         self._next_key = 0
 
@@ -78,9 +85,10 @@ class KeyedNoiseCollator:
         """Collate rows; those without `example_key` are numbered as they come since the last `set_epoch`."""
         keys = [feature.get("example_key", self._next_key + row) for row, feature in enumerate(features)]
         self._next_key += len(features)
-        rows = [{name: value for name, value in feature.items() if name != "example_key"} for feature in features]
+        hidden = () if isinstance(self.collator, KeyedCollator) else ("example_key",)
+        rows = [{name: value for name, value in feature.items() if name not in hidden} for feature in features]
         batch = dict(self.collator(rows))
-        if self.epoch != EVALUATION_EPOCH:
+        if self.epoch != EVALUATION_EPOCH and SEEDS not in batch:
             seeds = [int(example_rng(self.seed, self.epoch, int(key)).integers(1 << 62)) for key in keys]
             batch[SEEDS] = torch.tensor(seeds)
         return batch
@@ -135,7 +143,7 @@ class HypeTrainer(FinetuneTrainer):
                     "rows, so that noise cannot be drawn by example; set unpad_threshold to null, or keyed_noise to "
                     "False."
                 )
-            if not isinstance(self.data_collator, KeyedCollator):
+            if not isinstance(self.data_collator, KeyedNoiseCollator):
                 self.data_collator = KeyedNoiseCollator(self.data_collator, self.args.seed)
 
     def train(  # type: ignore[override]  # keywords as in the base class

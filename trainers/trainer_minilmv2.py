@@ -5,6 +5,7 @@ changes the update. Text is not masked and has no labels. The teacher is frozen,
 student, and has no part in checkpoints; its tokenizer is the student's.
 """
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from ..configuration.configuration_minilmv2 import MiniLMv2Config, longest_input
+from ..modeling.layers.wrapping import WrapperPreTrainedModel
 from ..modeling.modeling_minilmv2 import MiniLMv2ForPreTraining, RelationTeacher
 from ..recipe import Recipe
 from .arguments import BestiaryTrainingArguments
@@ -63,7 +65,8 @@ class MiniLMv2Trainer(PretrainingTrainer):
         model: the student. What the loss does not reach is frozen while it trains.
         args: of type `MiniLMv2TrainingArguments`.
         teacher: folder, Hub name or model; by default the one that is attached to the student, or else
-            `model.config.teacher`.
+            `model.config.teacher`. The tokenizer is compared with that of the one that is used, if it is known where
+            it came from.
         rest, kwargs: as for `BestiaryTrainer`.
 
     Raises:
@@ -78,23 +81,26 @@ class MiniLMv2Trainer(PretrainingTrainer):
         model: MiniLMv2ForPreTraining,
         args: MiniLMv2TrainingArguments | None = None,
         *rest: Any,
-        teacher: str | PreTrainedModel | RelationTeacher | None = None,
+        teacher: str | os.PathLike | PreTrainedModel | RelationTeacher | None = None,
         **kwargs: Any,
     ):
         args = MiniLMv2TrainingArguments(output_dir="runs") if args is None else args
-        name = teacher if isinstance(teacher, str) else model.config.teacher if teacher is None else None
-        tokenizer = kwargs.get("processing_class")
-        if name is not None and tokenizer is not None:
-            check_vocabulary(tokenizer, name)
         teacher = teacher or model.teacher or model.config.teacher
         if teacher is None:
             raise ValueError(
                 f"{type(self).__name__} needs a teacher: pass teacher=, attach one to the model, or set "
                 "MiniLMv2Config.teacher."
             )
+        tokenizer = kwargs.get("processing_class")
+        name = tokenizer_of(teacher)
+        if name and tokenizer is not None:
+            check_vocabulary(tokenizer, name)
         super().__init__(model, args, *rest, **kwargs)
         self.label_names = ["input_ids"]  # there is a loss wherever there is text
         model.attach_teacher(teacher, dtype=getattr(torch, args.teacher_dtype) if args.teacher_dtype else None)
+        attached = model.teacher
+        if attached is not None:
+            attached.to(self.args.device)  # the student may get there later
 
     def loss_weights(self) -> dict[str, float]:
         return self.accelerator.unwrap_model(self.model).loss_weights()
@@ -206,6 +212,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"There is no tokenizer at {name!r}, a folder or Hub name whose tokenizer distillation needs: {error}"
         ) from error
+
+
+def tokenizer_of(teacher: str | os.PathLike | PreTrainedModel | RelationTeacher) -> str | None:
+    """Where a teacher's tokenizer is: with its checkpoint. None for a model that has none there."""
+    if isinstance(teacher, (str, os.PathLike)):
+        return str(teacher)
+    if isinstance(teacher, RelationTeacher):
+        teacher = teacher.encoder
+    elif isinstance(teacher, WrapperPreTrainedModel):
+        teacher = teacher.to_base()
+    name = teacher.name_or_path
+    try:
+        return name if name and load_tokenizer(name) else None
+    except ValueError:
+        return None
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, teacher: str) -> None:

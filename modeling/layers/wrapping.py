@@ -134,7 +134,7 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
             where = {name: value for name, value in loading.items() if name not in ("dtype", "attn_implementation")}
             if config is None:
                 config = cls.config_class.from_encoder(AutoConfig.from_pretrained(encoder, **where), **settings)
-            wrapped = cls.wrapped_auto_class.from_pretrained(encoder, config=config.encoder_config, **loading)
+            wrapped = cls.load_wrapped(encoder, config.encoder_config, **loading)
         else:
             if isinstance(encoder, WrapperPreTrainedModel):
                 raise ValueError(
@@ -154,6 +154,11 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
         model = cls(config, wrapped)
         model._follow(wrapped, there)
         return model.train(wrapped.training)
+
+    @classmethod
+    def load_wrapped(cls, encoder: str | os.PathLike, config: PreTrainedConfig, **loading: Any) -> Any:
+        """The model of a plain checkpoint that `from_encoder` wraps, with what `from_pretrained` returns beside it."""
+        return cls.wrapped_auto_class.from_pretrained(encoder, config=config, **loading)
 
     def _follow(self, wrapped: PreTrainedModel, there: set[int]) -> None:
         """Move what the method added to the device of the wrapped model, and to its type but where that must stay."""
