@@ -11,7 +11,7 @@ supported, nor is merging: an adapter is not linear in its input.
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from .modeling.layers.bottleneck import (
     adapter_sites,
     apply_bottleneck,
     build_activation,
+    fresh_modules,
     init_bottleneck,
     is_layer_norm,
 )
@@ -92,7 +93,7 @@ class BottleneckAdapterConfig(PeftConfig):
     """Bottleneck adapters (Houlsby et al., 2019) as a PEFT method; the settings are those of `AdaptersConfig`.
 
     With `task_type` SEQ_CLS, TOKEN_CLS or QUESTION_ANS the head, which is everything outside the encoder, is trained
-    and saved too.
+    and saved too, and so is what the checkpoint of the encoder lacked (a pooler).
 
     Args:
         adapter_size: width of the bottleneck.
@@ -125,7 +126,8 @@ class BottleneckAdapterConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = MethodName("BOTTLENECK")
-        self.adapter_locations = list(self.adapter_locations)
+        if not isinstance(self.adapter_locations, str):
+            self.adapter_locations = list(self.adapter_locations)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         check_adapter_settings(
@@ -241,7 +243,7 @@ class BottleneckAdapterModel(BaseTuner):
             peft_config.target_modules = rf"{re.escape(name)}\.\d+\.({sites})"
         if peft_config.task_type in HEAD_TASKS:
             saved = list(peft_config.modules_to_save or [])
-            saved += [name for name in _head(model) if not name.endswith(tuple(saved))]
+            saved += [name for name in _head(model, fresh_modules(model)) if not name.endswith(tuple(saved))]
             peft_config.modules_to_save = saved
 
     def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:  # type: ignore[override]
@@ -293,14 +295,15 @@ def _layer_norms(model: PreTrainedModel) -> Iterator[str]:
             yield name
 
 
-def _head(model: PreTrainedModel) -> list[str]:
-    """Names of the parts of a model with parameters that stand outside its encoder."""
+def _head(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
+    """Names of the parts of a model with parameters that stand outside its encoder, and of the fresh ones in it."""
     encoder = model.base_model
-    return [
+    outside = [
         name
         for name, part in model.named_children()
         if part is not encoder and next(part.parameters(), None) is not None
     ]
+    return [*outside, *fresh]
 
 
 def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -339,7 +342,7 @@ def save_adapter(model: AdaptersPreTrainedModel, folder: str | os.PathLike, base
             f"save_adapter: this {type(model).__name__} was not made from a checkpoint, so the adapters would have no "
             "encoder to be loaded onto; save that by to_base().save_pretrained(...) and give its place as base_model."
         )
-    head = _head(model.wrapped)
+    head = _head(model.wrapped, model.config.new_modules or ())
     settings = BottleneckAdapterConfig(
         task_type=TASKS.get(model.wrapped_auto_class.__name__),
         base_model_name_or_path=base_model,
@@ -402,6 +405,6 @@ def _trained(model: AdaptersPreTrainedModel) -> dict[str, torch.Tensor]:
         elif name in norms:
             place = f"{name}.{BottleneckAdapterModel.prefix}norm."
             found |= {place + key: value for key, value in part.state_dict().items()}
-    for name in _head(wrapped):
+    for name in _head(wrapped, model.config.new_modules or ()):
         found |= {f"{name}.{key}": value for key, value in wrapped.get_submodule(name).state_dict().items()}
     return {f"base_model.model.{name}": value for name, value in found.items()}

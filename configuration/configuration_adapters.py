@@ -18,12 +18,19 @@ LOCATIONS = ("attention", "output")
 def check_adapter_settings(owner: str, size: int, activation: str, init_std: float, locations: Sequence[str]) -> None:
     """Raise `ValueError`, naming the class `owner`, if a setting of an adapter is out of range."""
     rules = {
-        "adapter_size": (size, size >= 1, "at least 1"),
+        "adapter_size": (
+            size,
+            type(size) is int and size >= 1,
+            "at least 1" if type(size) is int else "a whole number",
+        ),
         "adapter_act": (activation, activation in ACT2FN, f"one of {', '.join(sorted(ACT2FN))}"),
         "adapter_init_std": (init_std, init_std > 0, "above 0: with both matrices zero nothing would be learned"),
         "adapter_locations": (
             locations,
-            len(locations) > 0 and set(locations) <= set(LOCATIONS) and len(set(locations)) == len(locations),
+            not isinstance(locations, str)
+            and len(locations) > 0
+            and set(locations) <= set(LOCATIONS)
+            and len(set(locations)) == len(locations),
             f"one or both of {', '.join(LOCATIONS)}, each once",
         ),
     }
@@ -45,6 +52,8 @@ class AdaptersConfig(WrapperConfig):
         adapter_locations: after which sub-layers, "attention" and "output" (of the feed-forward). The output alone is
             the cheaper half of the paper's form.
         train_layer_norm: train gain and bias of every LayerNorm of the encoder too, as the paper.
+        new_modules: parts of the encoder that its checkpoint lacked, such as a pooler; trained with the head. Found by
+            `from_encoder`.
         encoder_config: see `WrapperConfig`.
 
     Raises:
@@ -58,9 +67,11 @@ class AdaptersConfig(WrapperConfig):
     adapter_init_std: float = 1e-2
     adapter_locations: list[str] | tuple[str, ...] = LOCATIONS
     train_layer_norm: bool = True
+    new_modules: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        self.adapter_locations = list(self.adapter_locations)
+        if not isinstance(self.adapter_locations, str):
+            self.adapter_locations = list(self.adapter_locations)
         super().__post_init__(**kwargs)
 
     def validate_adapters(self):

@@ -14,6 +14,7 @@ What is decided here, and where implementations differ:
 * Every LayerNorm of the encoder is trained, that of the embeddings included, as the paper says (AdapterHub leaves them
   frozen); the pooler is frozen, although the head reads it. The head is what stands outside the encoder: for RoBERTa,
   ELECTRA, DeBERTa and DistilBERT more than the last matrix, since all of it is new.
+* What the encoder's checkpoint lacked (the pooler of a masked language model) is new too, and trained with the head.
 * Initial deviation 1e-2, the paper's; the official code has 1e-3 as its default. Cut at two deviations.
 * The form with one adapter behind the layer's LayerNorm (Pfeiffer et al.) is another method and not built;
   `adapter_locations=["output"]` only leaves one of the two places out.
@@ -38,7 +39,14 @@ from transformers import (
 )
 
 from ..configuration.configuration_adapters import AdaptersConfig
-from .layers.bottleneck import Bottleneck, adapters_off, add_adapters, is_layer_norm, remove_adapters
+from .layers.bottleneck import (
+    Bottleneck,
+    adapters_off,
+    add_adapters,
+    fresh_modules,
+    is_layer_norm,
+    remove_adapters,
+)
 from .layers.wrapping import WrapperPreTrainedModel
 
 
@@ -53,6 +61,8 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
 
     def add_method(self) -> None:
         config = self.config
+        if config.new_modules is None:
+            config.new_modules = fresh_modules(self.wrapped)
         if any(isinstance(part, Bottleneck) for part in self.wrapped.modules()):
             raise ValueError(
                 f"{type(self).__name__}: this {type(self.wrapped).__name__} has adapters already; take to_base() of "
@@ -82,8 +92,8 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
         return loaded
 
     def freeze(self) -> None:
-        """Make adapters, LayerNorms of the encoder (unless `train_layer_norm` is off) and the head trainable, and
-        nothing else.
+        """Make adapters, LayerNorms of the encoder (unless `train_layer_norm` is off), the head and what the
+        checkpoint lacked trainable, and nothing else.
         """
         encoder = self.wrapped.base_model
         self.requires_grad_(True)
@@ -91,6 +101,8 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
         for part in encoder.modules():
             if isinstance(part, Bottleneck) or (self.config.train_layer_norm and is_layer_norm(part)):
                 part.requires_grad_(True)
+        for name in self.config.new_modules or ():
+            self.wrapped.get_submodule(name).requires_grad_(True)
 
     def adapters_off(self, layers: Iterable[int] | None = None) -> AbstractContextManager[None]:
         """`with model.adapters_off(layers=range(5)):` passes by the adapters of these layers, by default of all."""

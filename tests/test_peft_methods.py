@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
+    BertForMaskedLM,
 )
 
 import bestiary
@@ -484,3 +485,32 @@ def test_one_adapter_at_a_time():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="default, other are active.*one at a time"):
         outputs(model)
+
+
+@pytest.mark.parametrize("in_peft", [False, True])
+def test_a_pooler_that_the_checkpoint_lacked_is_trained_and_saved(in_peft, tmp_path):
+    """Each loading of a masked language model as a classifier draws another pooler."""
+    torch.manual_seed(0)
+    encoder = BertConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    base = str(tmp_path / "base")
+    BertForMaskedLM(encoder).save_pretrained(base)
+    folder = tmp_path / "adapter"
+    if in_peft:
+        config = BottleneckAdapterConfig(adapter_size=4, task_type="SEQ_CLS")
+        model = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config).eval()
+        model.save_pretrained(folder)
+    else:
+        model = ours.AdaptersForSequenceClassification.from_encoder(base, adapter_size=4)
+        bestiary.save_adapter(model, folder)
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert any("pooler" in name for name in trained)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert_close(loaded(input_ids=ids).logits, expected)
+        assert_close(
+            bestiary.load_adapter(ours.AdaptersForSequenceClassification, folder)(input_ids=ids).logits, expected
+        )
