@@ -296,14 +296,17 @@ def _layer_norms(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _head(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
-    """Names of the parts of a model with parameters that stand outside its encoder, and of the fresh ones in it."""
+    """Names of the parts of a model with parameters that stand outside its encoder, and of those in it, by their names
+    there, that are `fresh`.
+    """
     encoder = model.base_model
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is encoder)
     outside = [
         name
         for name, part in model.named_children()
         if part is not encoder and next(part.parameters(), None) is not None
     ]
-    return [*outside, *fresh]
+    return [*outside, *(prefix + name for name, part in encoder.named_children() if name in fresh)]
 
 
 def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

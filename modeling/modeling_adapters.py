@@ -101,8 +101,9 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
         for part in encoder.modules():
             if isinstance(part, Bottleneck) or (self.config.train_layer_norm and is_layer_norm(part)):
                 part.requires_grad_(True)
-        for name in self.config.new_modules or ():
-            self.wrapped.get_submodule(name).requires_grad_(True)
+        for name, part in encoder.named_children():
+            if name in (self.config.new_modules or ()):
+                part.requires_grad_(True)
 
     def adapters_off(self, layers: Iterable[int] | None = None) -> AbstractContextManager[None]:
         """`with model.adapters_off(layers=range(5)):` passes by the adapters of these layers, by default of all."""

@@ -514,3 +514,7 @@ def test_a_pooler_that_the_checkpoint_lacked_is_trained_and_saved(in_peft, tmp_p
         assert_close(
             bestiary.load_adapter(ours.AdaptersForSequenceClassification, folder)(input_ids=ids).logits, expected
         )
+    if not in_peft:  # the other classes have another prefix, or no pooler
+        model.save_pretrained(tmp_path / "pair")
+        for other in (ours.AdaptersModel, ours.AdaptersForTokenClassification):
+            other.from_pretrained(tmp_path / "pair")

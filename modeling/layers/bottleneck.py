@@ -104,20 +104,18 @@ def adapter_sites(model: PreTrainedModel, locations: Sequence[str]) -> list[str]
 
 
 def fresh_modules(model: PreTrainedModel) -> list[str]:
-    """Names of the parts of a model's encoder that its checkpoint lacked, such as the pooler of a masked language
-    model; none for a model that was not loaded from a checkpoint.
+    """Names, in the encoder, of its parts that the checkpoint lacked, such as the pooler of a masked language model;
+    none for a model that was not loaded from a checkpoint.
 
     They hold random numbers, so that an adapter without them would be loaded onto other ones.
     """
-    encoder = model.base_model
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is encoder)
     loaded = {  # transformers marks what it read
         name: [getattr(value, "_is_hf_initialized", False) for value in part.parameters()]
-        for name, part in encoder.named_children()
+        for name, part in model.base_model.named_children()
     }
     if not any(map(any, loaded.values())):
         return []
-    return [prefix + name for name, marks in loaded.items() if marks and not any(marks)]
+    return [name for name, marks in loaded.items() if marks and not any(marks)]
 
 
 def is_layer_norm(module: nn.Module) -> bool:
