@@ -270,6 +270,21 @@ class BottleneckAdapterModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)  # the base class wants weights, which a dropout has not
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in PEFT, which only looks whether any module fits, and LayerNorms always do.
+
+        Raises:
+            ValueError: no module is named by `target_modules`.
+        """
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = (part for part in model.modules() if isinstance(part, BottleneckLayer))
+        if not any(adapter_name in layer.known() for layer in layers):
+            settings: Any = self.peft_config[adapter_name]
+            raise ValueError(
+                f"BottleneckAdapterConfig.target_modules={settings.target_modules!r} names no module of a "
+                f"{type(model).__name__}; leave it out to have them found."
+            )
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(
             f"{type(self).__name__}: bottleneck adapters cannot be merged, since they are not linear; keep them, or "

@@ -27,7 +27,7 @@ torch.compile(fullgraph=True) works, with and without seeds; the noise is then p
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -214,25 +214,11 @@ class HypePreTrainedModel(WrapperPreTrainedModel):
         self.perturbation.detach()
         return super().to_base()
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        noise_seeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """What the wrapped model returns.
-
-        Args:
-            noise_seeds: (B,) int64; the noise of an example depends on its seed alone, so that splitting a batch does
-                not change it. None draws from the global generator. With activation checkpointing and noise inside
-                layers, run backward before the next forward pass with other seeds.
+    @wraps(WrapperPreTrainedModel.forward)
+    def forward(self, *args: Any, noise_seeds: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """As the base's. `noise_seeds` (B,) int64: the noise of an example depends on its seed alone, so that
+        splitting a batch does not change it; None draws from the global generator. With activation checkpointing and
+        noise inside layers, run backward before the next forward pass with other seeds.
 
         Raises:
             ValueError: noise that half precision would swallow, or seeds that do not fit the rows.
@@ -240,17 +226,7 @@ class HypePreTrainedModel(WrapperPreTrainedModel):
         if self.training:
             self.perturbation.attach()
             self.perturbation.seeds = noise_seeds
-        return super().forward(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            labels,
-            start_positions,
-            end_positions,
-            **kwargs,
-        )
+        return super().forward(*args, **kwargs)
 
 
 class HypeModel(HypePreTrainedModel):

@@ -144,6 +144,7 @@ class RealformerLayer(EncoderLayer):
     """BERT's layer that hands the scores on."""
 
     attention_class = RealformerAttention
+    returns_tuple = True
 
     def forward(
         self,
@@ -178,6 +179,7 @@ class RealformerPreNormLayer(PreNormEncoderLayer):
     """The pre-norm layer that hands the scores on."""
 
     attention_class = RealformerPreNormAttention
+    returns_tuple = True
 
     def forward(
         self,

@@ -14,8 +14,9 @@ from bestiary import get_paper, list_papers
 from bestiary.configuration.configuration_core import WrapperConfig
 from bestiary.configuration.configuration_minilmv2 import PAIRS, MiniLMv2Config, longest_input, paper_teacher_layer
 from bestiary.modeling import modeling_minilmv2 as minilmv2
+from bestiary.modeling.layers.projections import LayerProjections, can_probe, probe, project_at
 from bestiary.modeling.layers.wrapping import layer_list
-from bestiary.modeling.modeling_minilmv2 import LayerProjections, MiniLMv2ForPreTraining, MiniLMv2Model, project_at
+from bestiary.modeling.modeling_minilmv2 import MiniLMv2ForPreTraining, MiniLMv2Model
 
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20}
@@ -209,7 +210,7 @@ def test_refused_types(model_type, layer):
     """Whatever they would do otherwise: crash, or imitate what the layer does not compute."""
     model = encoder(model_type)
     with pytest.raises(
-        ValueError, match=f"{type(model).__name__} does not project .* MiniLMv2 takes encoders such as"
+        ValueError, match=f"{type(model).__name__} does not project .* Projections are found in encoders such as"
     ):
         MiniLMv2ForPreTraining.from_encoder(model, num_relation_heads=4, student_layer=layer)
     student = MiniLMv2ForPreTraining.from_encoder(encoder("bert"), num_relation_heads=4, teacher_layer=layer)
@@ -223,7 +224,7 @@ def test_realformer_of_both_kinds_of_layer():
         config.pre_norm = pre_norm
         model = AutoModel.from_config(config)
         for layer in (1, 2, 3):
-            assert minilmv2.probe(model, layer, gradients=True)
+            assert probe(model, layer, gradients=True)
 
 
 def test_probe_leaves_no_trace():
@@ -234,7 +235,7 @@ def test_probe_leaves_no_trace():
     modes = [part.training for part in model.modules()]
     flags = [value.requires_grad for value in model.parameters()]
     state = torch.get_rng_state()
-    minilmv2.probe(model, 2, "qv", gradients=True)
+    probe(model, 2, "qv", gradients=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert [part.training for part in model.modules()] == modes
     assert [value.requires_grad for value in model.parameters()] == flags
@@ -242,8 +243,8 @@ def test_probe_leaves_no_trace():
     assert model.config._attn_implementation == "flash_attention_2"
     assert not any(part._forward_hooks for part in model.modules())
     with torch.device("meta"):
-        assert not minilmv2.can_probe(AutoModel.from_config(encoder_config("bert")))
-    assert minilmv2.can_probe(model)
+        assert not can_probe(AutoModel.from_config(encoder_config("bert")))
+    assert can_probe(model)
 
 
 def test_forward_of_an_instance_is_kept():

@@ -518,3 +518,10 @@ def test_a_pooler_that_the_checkpoint_lacked_is_trained_and_saved(in_peft, tmp_p
         model.save_pretrained(tmp_path / "pair")
         for other in (ours.AdaptersModel, ours.AdaptersForTokenClassification):
             other.from_pretrained(tmp_path / "pair")
+
+
+def test_target_modules_that_nothing_has():
+    """LayerNorms are found all the same, which must not pass for adapters."""
+    model = AutoModelForSequenceClassification.from_config(BertConfig(**TINY))
+    with pytest.raises(ValueError, match="target_modules={'nonsense'} names no module of a BertForSequenceClass"):
+        get_peft_model(model, BottleneckAdapterConfig(target_modules=["nonsense"], task_type="SEQ_CLS"))

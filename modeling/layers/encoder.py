@@ -24,6 +24,8 @@ class EncoderLayer(GradientCheckpointingLayer):
     """Post-norm layer of BERT: x = LN(x + attention(x)); x = LN(x + feed_forward(x))."""
 
     attention_class: type[nn.Module] = EncoderAttention
+    returns_tuple = False
+    """Whether something goes to the next layer beside the hidden states."""
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
