@@ -20,7 +20,8 @@ class Paper:
 
     `models` maps the name of an auto class (`"AutoModelForMaskedLM"`) to the class that it resolves to. `trainer`,
     `arguments` and `converter` are names (`"package.module:Object"`, `"package.module"`), resolved on use: trainers
-    import datasets and peft, which loading a model must not cost.
+    import datasets and peft, which loading a model must not cost. `seq2seq_trainer` is that of pairs of texts, where
+    `trainer` is another one.
     """
 
     slug: str
@@ -33,6 +34,7 @@ class Paper:
     arxiv: str | None = None
     kind: str = "architecture"
     trainer: str | None = None
+    seq2seq_trainer: str | None = None
     arguments: str | None = None
     collator: str | None = None
     converter: str | None = None

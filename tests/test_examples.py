@@ -23,6 +23,7 @@ from bestiary.registry import load_object
 from bestiary.trainers.finetuning import FinetuneTrainer
 from bestiary.trainers.optimization import layerwise_groups
 from bestiary.trainers.seeds import SeededTaskArguments, task_training_arguments
+from bestiary.trainers.seq2seq import seq2seq_data_arguments, seq2seq_training_arguments
 
 
 ROOT = Path(__file__).parents[1]
@@ -61,16 +62,25 @@ def is_for_a_task(name: str) -> bool:
     return slug is None or issubclass(load_object(get_paper(slug).trainer), FinetuneTrainer)
 
 
+def is_for_pairs(name: str) -> bool:
+    """Whether a recipe is for pairs of texts."""
+    return "seq2seq" in name
+
+
 def load(name: str, *options: str) -> Recipe:
-    """A recipe as its script reads it: pretrain.py, or finetune.py and compress.py for a labelled task."""
+    """A recipe as its script reads it: seq2seq.py, pretrain.py, or finetune.py and compress.py for a labelled task."""
     command = ["--config", name, *options]
+    if is_for_pairs(name):
+        return load_recipe(command, data=seq2seq_data_arguments, training=seq2seq_training_arguments)
     if is_for_a_task(name):
         return load_recipe(command, data=SeededTaskArguments, training=task_training_arguments)
     return load_recipe(command, data=load_object(get_paper(RECIPES[name]["slug"]).trainer).data_arguments)
 
 
 PRETRAINED = [
-    name for name in TINY if not is_for_a_task(name) and get_paper(RECIPES[name]["slug"]).kind != "compression"
+    name
+    for name in TINY
+    if not is_for_pairs(name) and not is_for_a_task(name) and get_paper(RECIPES[name]["slug"]).kind != "compression"
 ]
 
 
@@ -86,7 +96,9 @@ def test_recipe_is_valid(name, tmp_path):
         assert not recipe.model, "the model of a fine-tuning recipe is the user's"
     else:
         config = recipe.build_config(vocab_size=100)
-        assert isinstance(config, BestiaryConfig) and recipe.data.max_length <= config.max_position_embeddings
+        assert isinstance(config, BestiaryConfig)
+        if not is_for_pairs(name):
+            assert recipe.data.max_length <= config.max_position_embeddings
     for section in ("model", "data", "training"):
         if section == "model" and recipe.slug is None:
             continue
@@ -101,7 +113,7 @@ def test_recipe_is_named_by_its_paper(name):
     if slug is not None:
         assert max(owners, key=len) == slug
     else:
-        assert name.startswith("finetune_") or (owners and "finetune" in name)
+        assert name == "seq2seq" or name.startswith("finetune_") or (owners and "finetune" in name)
 
 
 def test_every_paper_has_a_tiny_recipe_and_published_ones():

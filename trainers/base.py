@@ -91,6 +91,8 @@ class BestiaryTrainer(Trainer):
     """Columns of the data set that the collator needs and the model's forward does not name."""
     predicted: ClassVar[str] = "logits"
     """End of the names of the model's outputs that `predict` returns."""
+    smooths_labels: ClassVar[bool] = False
+    """Whether `loss_sums` heeds `args.label_smoothing_factor`."""
 
     def __init__(
         self, model: nn.Module | None = None, args: BestiaryTrainingArguments | None = None, *rest: Any, **kwargs: Any
@@ -103,7 +105,7 @@ class BestiaryTrainer(Trainer):
                 "nn.DataParallel and break the exact normalisation; start one process per GPU with `accelerate "
                 "launch`, or set CUDA_VISIBLE_DEVICES."
             )
-        if self.args.label_smoothing_factor:
+        if self.args.label_smoothing_factor and not self.smooths_labels:
             raise ValueError(
                 f"{type(self).__name__}: label_smoothing_factor={self.args.label_smoothing_factor} is not supported, "
                 "since the objective computes its own sums; leave it at 0."

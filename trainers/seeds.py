@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import set_seed
 
 from ..recipe import Recipe
 from ..registry import get_paper, load_object
-from .base import last_complete_checkpoint
+from .base import BestiaryTrainer, last_complete_checkpoint
 from .finetuning import FinetuneTrainingArguments
 from .tasks import PreparedTask, TaskDataArguments
 
@@ -32,12 +32,26 @@ class SeededTaskArguments(TaskDataArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", self.seeds):
-            raise ValueError(
-                f"{type(self).__name__}.seeds must be numbers joined by commas, as 0,1,2; got {self.seeds!r}."
-            )
-        if isinstance(self.peft, str):
-            raise ValueError(f"{type(self).__name__}.peft must be a dict or a JSON object, got {self.peft!r}.")
+        check_seeds(self)
+
+
+def check_seeds(data: Any) -> None:
+    """`ValueError` if `seeds` or `peft` of data arguments are not of their form."""
+    owner = type(data).__name__
+    if data.seeds is not None and not re.fullmatch(r"\d+(,\d+)*", data.seeds):
+        raise ValueError(f"{owner}.seeds must be numbers joined by commas, as 0,1,2; got {data.seeds!r}.")
+    if isinstance(data.peft, str):
+        raise ValueError(f"{owner}.peft must be a dict or a JSON object, got {data.peft!r}.")
+
+
+class Prepared(Protocol):
+    """Data that is ready, and what makes a trainer for it."""
+
+    train: Any
+    held_out: Any
+
+    def build_trainer(self, recipe: Recipe, peft: dict[str, Any] | None = None) -> BestiaryTrainer:
+        """Trainer of a new model by the recipe's `training`."""
 
 
 def task_training_arguments(values: Mapping[str, Any]) -> type[FinetuneTrainingArguments]:
@@ -47,9 +61,7 @@ def task_training_arguments(values: Mapping[str, Any]) -> type[FinetuneTrainingA
     return found if issubclass(found, FinetuneTrainingArguments) else FinetuneTrainingArguments
 
 
-def train_once(
-    recipe: Recipe, prepared: PreparedTask, command: str, resume: str | bool | None = None
-) -> dict[str, float]:
+def train_once(recipe: Recipe, prepared: Prepared, command: str, resume: str | bool | None = None) -> dict[str, float]:
     """Train with `training.seed`, save the result to `training.output_dir`, and return the metrics of the
     evaluation. `resume` is `resume_from_checkpoint` of the trainer.
     """
@@ -60,7 +72,7 @@ def train_once(
     trainer.run_description = {
         "data": f"{data}: {len(prepared.train):,} inputs to train on, {len(prepared.held_out):,} to evaluate.",
         "command": command,
-        "base_model": recipe.model["name_or_path"],
+        "base_model": recipe.model.get("name_or_path"),
     }
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
@@ -70,9 +82,11 @@ def train_once(
     return {key: value for key, value in metrics.items() if key.startswith("eval_") and not key.endswith(timings)}
 
 
-def train_with_seeds(recipe: Recipe, command: str) -> dict[str, dict[str, Any]]:
+def train_with_seeds(recipe: Recipe, command: str, prepared: Prepared | None = None) -> dict[str, dict[str, Any]]:
     """Train once per seed, into `output_dir/seed_<seed>` if there are several; returns mean, standard deviation and
     values of every metric, which are also written to `output_dir/results.json`.
+
+    Without `prepared` the recipe's labelled task is loaded.
 
     Raises:
         ValueError: several seeds, and a checkpoint by its path to resume from. `last` goes on with the seeds that have
@@ -86,7 +100,7 @@ def train_with_seeds(recipe: Recipe, command: str) -> dict[str, dict[str, Any]]:
             f"{type(training).__name__}.resume_from_checkpoint={resume!r} is of one run, but the seeds are "
             f"{recipe.data.seeds}; resume all of them by 'last', or give that run's seed alone."
         )
-    prepared = PreparedTask.load(recipe)
+    prepared = PreparedTask.load(recipe) if prepared is None else prepared
     runs = []
     for seed in seeds:
         if recipe.data.seeds:

@@ -85,56 +85,74 @@ class TaskDataArguments:
 
 
 def load_labelled(data: TaskDataArguments) -> tuple[Dataset, Dataset]:
-    """Training and evaluation rows.
+    """Training and evaluation rows of a labelled task; errors as in `load_rows`."""
+    hint = "text_column, pair_column, token_column and label_column"
+    return load_rows(data, TASKS[data.task].columns(data), f"the task {data.task}", hint)
+
+
+def load_rows(data: Any, columns: Iterable[str], use: str, hint: str) -> tuple[Dataset, Dataset]:
+    """Training and evaluation rows that hold certain columns.
+
+    Args:
+        data: arguments with `dataset`, or `train_file` and `eval_file`, and `eval_split`.
+        columns: those that must be there.
+        use: what needs them, for messages.
+        hint: the arguments that choose columns, for messages.
 
     Raises:
         ValueError: no source or two, a source that cannot be read, an unknown file type, a missing or empty split, a
             missing column.
     """
+    owner = type(data).__name__
     if (data.dataset is None) == (data.train_file is None) or (data.train_file is None) != (data.eval_file is None):
         raise ValueError(
-            "TaskDataArguments: give either dataset, or train_file and eval_file; got "
+            f"{owner}: give either dataset, or train_file and eval_file; got "
             f"dataset={data.dataset!r}, train_file={data.train_file!r}, eval_file={data.eval_file!r}."
         )
     if data.train_file is not None:
-        splits = {"train": _read_file("train_file", data.train_file), "test": _read_file("eval_file", data.eval_file)}
+        splits = {
+            "train": read_file(owner, "train_file", data.train_file),
+            "test": read_file(owner, "eval_file", data.eval_file),
+        }
     elif data.dataset == "demo":
         from ..demo import load_demo
 
         splits = load_demo("labelled")
     else:
         name = str(data.dataset)
-        splits = _load("dataset", name, *name.split(":", 1))
+        splits = _load(owner, "dataset", name, *name.split(":", 1))
     held_out = data.eval_split or ("test" if "test" in splits else "validation")
     for split in ("train", held_out):
         if split not in splits or len(splits[split]) == 0:
             raise ValueError(
                 f"The data set has no rows in the split {split!r}; it has {', '.join(splits)}. Choose what is "
-                "evaluated by TaskDataArguments.eval_split."
+                f"evaluated by {owner}.eval_split."
             )
-        for column in TASKS[data.task].columns(data):
+        for column in columns:
             if column not in splits[split].column_names:
                 raise ValueError(
-                    f"The split {split!r} has no column {column!r}, which the task {data.task} needs; it has "
-                    f"{', '.join(splits[split].column_names)}. Choose columns by text_column, pair_column, "
-                    "token_column and label_column of TaskDataArguments."
+                    f"The split {split!r} has no column {column!r}, which {use} needs; it has "
+                    f"{', '.join(splits[split].column_names)}. Choose columns by {hint} of {owner}."
                 )
     return splits["train"], splits[held_out]
 
 
-def _read_file(name: str, path: str) -> Dataset:
+def read_file(owner: str, name: str, path: str) -> Dataset:
+    """Rows of a local parquet, jsonl or csv file; `ValueError`, which names the field, for any other and for a broken
+    one.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in _BUILDERS:
-        raise ValueError(f"TaskDataArguments.{name} must end in {', '.join(_BUILDERS)}; got {path!r}.")
-    return _load(name, path, _BUILDERS[suffix], data_files=path, split="train")
+        raise ValueError(f"{owner}.{name} must end in {', '.join(_BUILDERS)}; got {path!r}.")
+    return _load(owner, name, path, _BUILDERS[suffix], data_files=path, split="train")
 
 
-def _load(name: str, source: str, *args: str, **kwargs: str) -> Any:
+def _load(owner: str, name: str, source: str, *args: str, **kwargs: str) -> Any:
     try:
         return load_dataset(*args, **kwargs)
     except (OSError, DatasetGenerationError, StopIteration, ValueError) as error:  # by kind of damage, and no network
         raise ValueError(
-            f"TaskDataArguments.{name}={source!r} cannot be loaded, or has no rows: {error.__cause__ or error!r}."
+            f"{owner}.{name}={source!r} cannot be loaded, or has no rows: {error.__cause__ or error!r}."
         ) from error
 
 
