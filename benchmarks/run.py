@@ -18,6 +18,7 @@ from benchmarks import (  # noqa: F401 (registers the rows)
     adapters,
     distillation,
     encoders,
+    generation,
     kernels,
     linear_attention,
     models,

@@ -11,6 +11,7 @@ from .configuration.configuration_realformer import RealformerConfig
 from .configuration.configuration_theseus import TheseusConfig
 from .configuration.configuration_tta import TtaConfig
 from .configuration.configuration_tupe import TupeConfig
+from .configuration.configuration_unilm import UniLMConfig
 from .modeling import modeling_adapters as adapters
 from .modeling import modeling_bert as bert
 from .modeling import modeling_electra as electra
@@ -22,6 +23,7 @@ from .modeling import modeling_realformer as realformer
 from .modeling import modeling_theseus as theseus
 from .modeling import modeling_tta as tta
 from .modeling import modeling_tupe as tupe
+from .modeling import modeling_unilm as unilm
 from .registry import Paper, register
 
 
@@ -374,5 +376,41 @@ register(
         official_code="https://github.com/guolinke/TUPE",
         official_licence="MIT",
         tags=("untied positions", "relative positions", "masked language model"),
+    )
+)
+register(
+    Paper(
+        slug="unilm",
+        title="Unified Language Model Pre-training for Natural Language Understanding and Generation",
+        authors=(
+            "Li Dong, Nan Yang, Wenhui Wang, Furu Wei, Xiaodong Liu, Yu Wang, Jianfeng Gao, Ming Zhou, Hsiao-Wuen Hon"
+        ),
+        year=2019,
+        arxiv="1905.03197",
+        kind="pre-training objective",
+        summary=(
+            "Trains one BERT as a bidirectional, left-to-right, right-to-left and sequence-to-sequence cloze model by "
+            "masks on its attention. "
+            "Here with fine-tuning to write, and decoding under [MASK]s by transformers' generate() with a cache."
+        ),
+        config=UniLMConfig,
+        models={
+            "AutoModel": unilm.UniLMModel,
+            "AutoModelForPreTraining": unilm.UniLMForPreTraining,
+            "AutoModelForMaskedLM": unilm.UniLMForMaskedLM,
+            "AutoModelForSeq2SeqLM": unilm.UniLMForConditionalGeneration,
+            "AutoModelForSequenceClassification": unilm.UniLMForSequenceClassification,
+            "AutoModelForTokenClassification": unilm.UniLMForTokenClassification,
+            "AutoModelForQuestionAnswering": unilm.UniLMForQuestionAnswering,
+            "AutoModelForMultipleChoice": unilm.UniLMForMultipleChoice,
+        },
+        trainer="bestiary.trainers.trainer_unilm:UniLMTrainer",
+        arguments="bestiary.trainers.trainer_unilm:UniLMTrainingArguments",
+        collator="bestiary.trainers.trainer_unilm:UniLMCollator",
+        seq2seq_trainer="bestiary.trainers.trainer_unilm:UniLMSeq2SeqTrainer",
+        converter="bestiary.conversion.unilm",
+        official_code="https://github.com/microsoft/unilm",
+        official_licence="MIT",
+        tags=("masked language model", "sequence to sequence", "text generation"),
     )
 )
