@@ -25,6 +25,7 @@ from benchmarks import (  # noqa: F401 (registers the rows)
     noise,
     replacing,
     scoring,
+    sparse_maps,
     startup,
 )
 from benchmarks.harness import PEER, RESULTS, ROWS, PeerMissing, run_row
