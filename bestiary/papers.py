@@ -8,6 +8,7 @@ from .configuration.configuration_linear_attention import LinearAttentionConfig
 from .configuration.configuration_minilmv2 import MiniLMv2Config
 from .configuration.configuration_performer import PerformerConfig
 from .configuration.configuration_realformer import RealformerConfig
+from .configuration.configuration_sparse_seq2seq import SparseSeq2seqConfig, SparseTransformerConfig
 from .configuration.configuration_theseus import TheseusConfig
 from .configuration.configuration_tta import TtaConfig
 from .configuration.configuration_tupe import TupeConfig
@@ -20,11 +21,12 @@ from .modeling import modeling_linear_attention as linear_attention
 from .modeling import modeling_minilmv2 as minilmv2
 from .modeling import modeling_performer as performer
 from .modeling import modeling_realformer as realformer
+from .modeling import modeling_sparse_seq2seq as sparse_seq2seq
 from .modeling import modeling_theseus as theseus
 from .modeling import modeling_tta as tta
 from .modeling import modeling_tupe as tupe
 from .modeling import modeling_unilm as unilm
-from .registry import Paper, register
+from .registry import Paper, register, register_extension
 
 
 register(
@@ -248,6 +250,60 @@ register(
         official_code="https://github.com/google-research/google-research/tree/master/performer",
         official_licence="Apache-2.0",
         tags=("linear attention", "random features", "causal language model", "masked language model"),
+    )
+)
+register(
+    Paper(
+        slug="sparse_seq2seq",
+        title="Sparse Sequence-to-Sequence Models",
+        authors="Ben Peters, Vlad Niculae, André F. T. Martins",
+        year=2019,
+        arxiv="1905.05702",
+        kind="architecture",
+        summary=(
+            "Replaces softmax by alpha-entmax, which gives exact zeros, in the attention and in the output of an LSTM "
+            "encoder-decoder, and trains by the loss that belongs to it. "
+            "Here with exact beam search by transformers' generate(), any or a learned alpha, and as an extension a "
+            "Transformer encoder with that attention."
+        ),
+        config=SparseSeq2seqConfig,
+        models={
+            "AutoModel": sparse_seq2seq.SparseSeq2seqModel,
+            "AutoModelForSeq2SeqLM": sparse_seq2seq.SparseSeq2seqForConditionalGeneration,
+        },
+        trainer="bestiary.trainers.trainer_sparse_seq2seq:SparseSeq2seqTrainer",
+        arguments="bestiary.trainers.trainer_sparse_seq2seq:SparseSeq2seqTrainingArguments",
+        collator="bestiary.trainers.seq2seq:Seq2SeqCollator",
+        converter="bestiary.conversion.sparse_seq2seq",
+        official_code="https://github.com/deep-spin/OpenNMT-entmax",
+        official_licence="MIT",
+        tags=("sparse attention", "entmax", "sequence to sequence", "text generation"),
+    )
+)
+register_extension(
+    Paper(
+        slug="sparse_seq2seq",
+        title="Adaptively Sparse Transformers",
+        authors="Gonçalo M. Correia, Vlad Niculae, André F. T. Martins",
+        year=2019,
+        arxiv="1909.00015",
+        kind="architecture",
+        summary=(
+            "Replaces softmax by alpha-entmax in the attention of a Transformer, with an alpha that every head may "
+            "learn. Here an extension of `sparse_seq2seq`: a BERT-like encoder, not the authors' translation model."
+        ),
+        config=SparseTransformerConfig,
+        models={
+            "AutoModel": sparse_seq2seq.SparseTransformerModel,
+            "AutoModelForMaskedLM": sparse_seq2seq.SparseTransformerForMaskedLM,
+            "AutoModelForSequenceClassification": sparse_seq2seq.SparseTransformerForSequenceClassification,
+            "AutoModelForTokenClassification": sparse_seq2seq.SparseTransformerForTokenClassification,
+            "AutoModelForQuestionAnswering": sparse_seq2seq.SparseTransformerForQuestionAnswering,
+            "AutoModelForMultipleChoice": sparse_seq2seq.SparseTransformerForMultipleChoice,
+        },
+        official_code="https://github.com/deep-spin/entmax",
+        official_licence="MIT",
+        tags=("sparse attention", "entmax"),
     )
 )
 register(

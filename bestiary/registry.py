@@ -60,6 +60,29 @@ class Paper:
 
 
 _PAPERS: dict[str, Paper] = {}
+_EXTENSIONS: dict[str, Paper] = {}
+
+
+def register_extension(paper: Paper) -> Paper:
+    """Add another configuration and its models to a registered paper: what the library offers beside its own model.
+
+    The entry has the slug of the paper, and title, authors and identifiers of what it follows. It is loaded, exported
+    and described like a paper, but not listed as one.
+
+    Raises:
+        ValueError: no paper has this slug, or as in `register`; the `model_type` is that of the paper, a hyphen and a
+            name.
+    """
+    base = get_paper(paper.slug).config.model_type
+    model_type = paper.config.model_type
+    if not model_type.startswith(f"{base}-") or model_type in _EXTENSIONS:
+        raise ValueError(
+            f"register_extension: {paper.config.__name__}.model_type is {model_type!r}; it must be {base!r}, a hyphen "
+            "and a name that no other extension has."
+        )
+    _register_classes(paper)
+    _EXTENSIONS[model_type] = paper
+    return paper
 
 
 def register(paper: Paper) -> Paper:
@@ -83,6 +106,13 @@ def register(paper: Paper) -> Paper:
             f"{suffix!r} (bestiary's own is 'bestiary{suffix}'), so that no release of transformers can claim the "
             "same type."
         )
+    _register_classes(paper)
+    _PAPERS[paper.slug] = paper
+    return paper
+
+
+def _register_classes(paper: Paper) -> None:
+    model_type = paper.config.model_type
     _refuse_known_names(paper)
     models = [(_auto_class(paper.slug, auto_name), model) for auto_name, model in paper.models.items()]
     for _, model in models:
@@ -94,12 +124,10 @@ def register(paper: Paper) -> Paper:
     AutoConfig.register(model_type, paper.config)
     for auto_class, model in models:
         auto_class.register(paper.config, model)
-    _PAPERS[paper.slug] = paper
-    return paper
 
 
 def _refuse_known_names(paper: Paper) -> None:
-    for known in _PAPERS.values():
+    for known in (*_PAPERS.values(), *_EXTENSIONS.values()):
         if known.config.model_type == paper.config.model_type or known.config.__name__ == paper.config.__name__:
             raise ValueError(
                 f"register: {paper.config.__name__} (model_type {paper.config.model_type!r}) of {paper.slug!r} "
@@ -146,10 +174,13 @@ def get_paper(slug: str) -> Paper:
 
 
 def paper_of(thing: Any) -> Paper | None:
-    """The paper whose configuration (instance, class, or that of a model) `thing` is, or None."""
+    """The paper, or extension of one, whose configuration (instance, class, or that of a model) `thing` is, or
+    None.
+    """
     config = getattr(thing, "config", thing)
     model_type = getattr(config, "model_type", None)
-    return next((paper for paper in _PAPERS.values() if paper.config.model_type == model_type), None)
+    known = (*_PAPERS.values(), *_EXTENSIONS.values())
+    return next((paper for paper in known if paper.config.model_type == model_type), None)
 
 
 def load_object(name: str) -> Any:

@@ -366,7 +366,7 @@ def tokenizer():
 def build_datasets(tokenizer, documents):
     parts = DatasetDict({split: Dataset.from_dict({"sentences": documents}) for split in ("train", "validation")})
     data = UniLMDataArguments(max_length=16)
-    return UniLMTrainer.build_datasets(parts, tokenizer, config(vocab_size=VOCABULARY), data, None)
+    return UniLMTrainer.build_datasets(parts, tokenizer, config(), data, None)
 
 
 def test_rows_of_documents(tokenizer):

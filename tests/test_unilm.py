@@ -94,7 +94,6 @@ class TestUniLM(EncoderSuite):
     @pytest.mark.parametrize(
         "test",
         [
-            "test_save_and_load",
             "test_checkpoints_load_into_the_encoder_and_into_heads",
             "test_ties_hold_after_loading_and_resizing",
             "test_activation_checkpointing_keeps_the_gradients",
