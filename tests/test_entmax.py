@@ -228,7 +228,8 @@ def test_losses_of_the_package(method, package):
 def test_losses_at_the_margin():
     for alpha in (1.25, 1.5, 2.0, 3.0):
         margin = 1 / (alpha - 1)
-        logits = torch.tensor([[margin + 1e-3, 0, 0], [margin - 1e-2, 0, 0]], requires_grad=True)
+        rows = [[margin + 1e-3, 0, 0], [margin - 1e-2, 0, 0]]
+        logits = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
         losses = entmax_losses(logits, torch.zeros(2, dtype=torch.int64), alpha).losses
         assert losses[0] == 0 and losses[1] > 0
         assert not torch.autograd.grad(losses[0], logits, retain_graph=True)[0].any()
