@@ -144,7 +144,7 @@ class SparseSeq2seqConfig(BestiaryConfig):
             value = getattr(self, name)
             if value is not None and not 0 <= value < self.tgt_vocab_size:
                 raise self.reject(name, f"in [0, {self.tgt_vocab_size})")
-        if self.pad_token_id >= self.src_vocab_size:
+        if self.src_vocab_size is not None and self.pad_token_id >= self.src_vocab_size:
             raise self.reject("pad_token_id", f"in [0, {self.src_vocab_size}), the source's vocabulary")
         if self.decoder_start_token_id is None:
             raise self.reject("decoder_start_token_id", "a token, since bos_token_id is None too")

@@ -78,10 +78,12 @@ class SparseSeq2seqModelOutput(ModelOutput):
 class SparseSeq2seqLMOutput(Seq2SeqLMOutput):
     """transformers' output, and with labels sums over the labelled positions.
 
-    attention_support (): source positions with an attention above 0. output_support (): symbols with a probability
-    above 0. zero_loss (): positions whose loss is exactly 0. zero_gold (): positions whose label has probability 0.
+    sequence_losses (B,): without gradient, the sum of the losses of each target. attention_support (): source
+    positions with an attention above 0. output_support (): symbols with a probability above 0. zero_loss (): positions
+    whose loss is exactly 0. zero_gold (): positions whose label has probability 0.
     """
 
+    sequence_losses: torch.Tensor | None = None
     attention_support: torch.Tensor | None = None
     output_support: torch.Tensor | None = None
     zero_loss: torch.Tensor | None = None
@@ -333,6 +335,7 @@ class SparseSeq2seqPreTrainedModel(BestiaryPreTrainedModel):
     _no_split_modules = []
 
     @torch.no_grad()
+    # trf-ignore: TRF018
     def _init_weights(self, module: nn.Module) -> None:
         """Uniform in +- `init_range`, whatever it is; a learned alpha starts at `attention_alpha`."""
         if isinstance(module, LearnedAlpha):
@@ -611,10 +614,12 @@ class SparseSeq2seqForConditionalGeneration(SparseSeq2seqPreTrainedModel, Genera
             config.entmax_n_iter,
         )
         loss = mean_loss((parts.losses.sum(), kept.sum()), num_items_in_batch)
+        losses = parts.losses.detach()
         return loss, {
+            "sequence_losses": losses.new_zeros(labels.shape).masked_scatter(kept, losses).sum(1),
             "attention_support": (attention[:, 0][kept] > 0).sum(),
             "output_support": parts.support.sum(),
-            "zero_loss": (parts.losses.detach() == 0).sum(),
+            "zero_loss": (losses == 0).sum(),
             "zero_gold": (parts.gold == 0).sum(),
         }
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModel, BertConfig, PreTrainedConfig
@@ -172,6 +173,21 @@ def test_refused_papers_leave_no_trace(changes, message):
 def test_no_configuration_shares_its_name_with_transformers():
     stock = set(CONFIG_MAPPING_NAMES.values())
     assert not stock & {get_paper(slug).config.__name__ for slug in list_papers()}
+
+
+def test_an_extension_is_no_paper_but_belongs_to_one():
+    paper = get_paper("sparse_seq2seq")
+    entry = registry.paper_of(SimpleNamespace(model_type=f"{paper.config.model_type}-transformer"))
+    assert entry is not paper and entry.slug == paper.slug and entry.config in AutoModel._model_mapping
+    probe = {"title": "A probe", "authors": "Nobody", "year": 2020, "summary": "None.", "models": {}}
+    with pytest.raises(
+        ValueError, match="ProbeConfig.model_type is 'tests-probe'; it must be 'bestiary-bert', a hyphen"
+    ):
+        registry.register_extension(Paper(slug="bert", config=ProbeConfig, **probe))
+    with pytest.raises(ValueError, match="No paper 'brt' is registered"):
+        registry.register_extension(Paper(slug="brt", config=ProbeConfig, **probe))
+    with pytest.raises(ValueError, match="that no other extension has"):
+        registry.register_extension(entry)
 
 
 THIRD_PARTY = """

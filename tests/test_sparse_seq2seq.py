@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from suites.encoder_suite import EncoderSuite
+from suites.encoder_suite import EncoderSuite, settings
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, GenerationConfig
 
@@ -125,7 +125,7 @@ def test_save_and_load(variant, tmp_path):
     loaded, report = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is type(model) and not any(report.values()), report
     assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
-    assert torch.equal(loaded(**inputs).loss, model(**inputs).loss)
+    assert_close(loaded(**inputs).loss, model(**inputs).loss)
     body = AutoModel.from_pretrained(tmp_path)
     assert type(body) is SparseSeq2seqModel
     assert_close(body.state_dict(), model.model.state_dict(), rtol=0, atol=0)
@@ -158,6 +158,9 @@ def test_loss_is_that_of_the_logits(variant):
     assert outputs.output_support == (p > 0).sum() and outputs.zero_gold == (gold == 0).sum()
     assert outputs.attention_support == (attention[kept] > 0).sum()
     assert outputs.zero_loss == (gold == 1).sum()
+    assert_close(outputs.sequence_losses.sum() / kept.sum(), outputs.loss)
+    alone = model(**{name: part[1:2] for name, part in inputs.items()}, num_items_in_batch=1)
+    assert_close(outputs.sequence_losses[1], alone.loss)
     assert_close(model(**inputs, log_probabilities=True, use_cache=False).loss, expected)
 
 
@@ -502,6 +505,19 @@ class TestSparseTransformer(EncoderSuite):
     def auto_name(self, model_class):
         models = paper_of(self.config).models
         return next(name for name, model in models.items() if model is model_class)
+
+    def zero_gradients(self, head):
+        shared = ("qa_outputs.bias",) if head is SparseTransformerForQuestionAnswering else ()  # all scores alike
+        return (*super().zero_gradients(head), *shared)
+
+    def test_config_round_trip(self, tmp_path):
+        self.config.save_pretrained(tmp_path)
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        assert type(loaded) is SparseTransformerConfig and loaded.model_type == self.config.model_type
+        assert settings(loaded) == settings(self.config)
+
+    def test_unpadding_changes_nothing(self, packed_class, monkeypatch):
+        super().test_unpadding_changes_nothing(packed_class, "eager", monkeypatch)
 
     def test_heads_are_the_registered_ones(self):
         assert set(paper_of(self.config).models.values()) == {self.base, *self.heads}

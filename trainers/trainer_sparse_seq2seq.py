@@ -61,11 +61,12 @@ class SparseSeq2seqTrainer(Seq2SeqBestiaryTrainer):
 
     Logs `token_loss` (the entmax loss of a token), `attention_support` and `output_support` (mean numbers of source
     positions and symbols with a probability), `zero_loss` and `zero_gold` (shares of tokens whose loss is exactly 0,
-    and whose probability is 0).
+    and whose probability is 0). Without generation `predict` gives the sum of the losses of every target.
     """
 
     args: SparseSeq2seqTrainingArguments
     training_arguments = SparseSeq2seqTrainingArguments
+    predicted = "sequence_losses"
     smooths_labels = False
 
     def count_items(self, batch: Batch) -> Sums:

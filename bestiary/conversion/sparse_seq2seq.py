@@ -100,7 +100,7 @@ def _found(state: State) -> dict[str, Any]:
     layers = {"num_encoder_layers": r"^encoder\.rnn\.weight_hh_l(\d+)$"}
     layers["num_decoder_layers"] = r"^decoder\.rnn\.(?:layers\.(\d+)\.weight_hh|weight_hh_l(\d+))$"
     for field, pattern in layers.items():
-        numbers = [int(match[1] or match[match.lastindex]) for name in state if (match := re.match(pattern, name))]
+        numbers = [int(match[match.lastindex or 1]) for name in state if (match := re.match(pattern, name))]
         if numbers:
             found[field] = max(numbers) + 1
     out = state.get("decoder.attn.linear_out.weight")
