@@ -102,7 +102,8 @@ class BottleneckAdapterConfig(PeftConfig):
         adapter_locations: after which sub-layers, "attention" and "output".
         train_layer_norm: train a copy of every LayerNorm of the encoder.
         target_modules: names or regular expression of the modules behind which adapters go, in place of
-            `adapter_locations`; by default found from the model, and filled in.
+            `adapter_locations`; by default found from the model, and filled in. Behind a linear map or an embedding
+            an adapter is as wide as its output, behind other modules as wide as the encoder.
         exclude_modules: names or regular expression of modules that are passed over.
         modules_to_save: further modules that are trained and saved whole.
 
@@ -126,13 +127,17 @@ class BottleneckAdapterConfig(PeftConfig):
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = MethodName("BOTTLENECK")
-        if not isinstance(self.adapter_locations, str):
+        if isinstance(self.adapter_locations, tuple | set):
             self.adapter_locations = list(self.adapter_locations)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         check_adapter_settings(
             type(self).__name__, self.adapter_size, self.adapter_act, self.adapter_init_std, self.adapter_locations
         )
+        if type(self.train_layer_norm) is not bool:
+            raise ValueError(
+                f"{type(self).__name__}.train_layer_norm must be true or false; got {self.train_layer_norm!r}."
+            )
 
 
 class BottleneckTunerLayer(Switchable, BaseTunerLayer):
@@ -169,13 +174,19 @@ class BottleneckTunerLayer(Switchable, BaseTunerLayer):
 
 
 class BottleneckLayer(BottleneckTunerLayer):
-    """A module and the adapters behind it: (..., D) -> (..., D)."""
+    """A module and the adapters behind it: (..., D) -> (..., D).
+
+    Args:
+        base_layer: the module.
+        place: its name in the model, for messages.
+    """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_act",)
 
-    def __init__(self, base_layer: nn.Module):
+    def __init__(self, base_layer: nn.Module, place: str):
         super().__init__(base_layer)
+        self.place = place
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
         self.bottleneck_act = nn.ModuleDict()
 
@@ -192,6 +203,14 @@ class BottleneckLayer(BottleneckTunerLayer):
         name = self.adapter_in_use()
         if name is None or self.bypassed:
             return states
+        width = self.bottleneck_down[name].in_features
+        if not isinstance(states, torch.Tensor) or states.shape[-1] != width:
+            found = f"is {states.shape[-1]} wide" if isinstance(states, torch.Tensor) else "is no single tensor"
+            raise ValueError(
+                f"BottleneckAdapterConfig.target_modules: the adapter behind {self.place}, a "
+                f"{type(self.base_layer).__name__}, is for states {width} wide, but what that returns {found}; name "
+                "the module before or behind it."
+            )
         return apply_bottleneck(
             states, self.bottleneck_down[name], self.bottleneck_act[name], self.bottleneck_up[name]
         )
@@ -261,9 +280,19 @@ class BottleneckAdapterModel(BaseTuner):
     ) -> None:
         layer = target
         if not isinstance(layer, BottleneckTunerLayer):
-            layer = BottleneckNormLayer(target) if current_key in self._norms else BottleneckLayer(target)
+            inside = (f"{current_key}.{name}" for name, _ in target.named_modules() if name)
+            if both := [name for name in inside if self._check_target_module_exists(peft_config, name)]:
+                raise ValueError(
+                    f"BottleneckAdapterConfig.target_modules names {current_key}, a {type(target).__name__}, in which "
+                    f"{both[0]} gets an adapter or a trained LayerNorm too; name modules that hold no other such."
+                )
+            normed = current_key in self._norms
+            layer = BottleneckNormLayer(target) if normed else BottleneckLayer(target, current_key)
             setattr(parent, target_name, layer)
-        layer.update_layer(adapter_name, peft_config, self.model.config.hidden_size, next(parent.parameters()))
+        near = (*parent.parameters(), *self.model.parameters())
+        like = next(part for part in near if part.is_floating_point())
+        width = _output_width(layer.base_layer) or self.model.config.hidden_size
+        layer.update_layer(adapter_name, peft_config, width, like)
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
 
@@ -282,7 +311,8 @@ class BottleneckAdapterModel(BaseTuner):
             settings: Any = self.peft_config[adapter_name]
             raise ValueError(
                 f"BottleneckAdapterConfig.target_modules={settings.target_modules!r} names no module of a "
-                f"{type(model).__name__}; leave it out to have them found."
+                f"{type(model).__name__} that can have an adapter (trained LayerNorms and the head cannot); leave it "
+                "out to have them found."
             )
 
     def _check_merge_allowed(self) -> None:
@@ -301,6 +331,13 @@ class BottleneckAdapterModel(BaseTuner):
                     module.float().register_forward_pre_hook(_in_float32)
 
 
+def _output_width(module: nn.Module) -> int | None:
+    """Size of the last dimension of a module's output, where the module tells it."""
+    if isinstance(module, nn.Linear):
+        return module.out_features
+    return module.embedding_dim if isinstance(module, nn.Embedding) else None
+
+
 def _layer_norms(model: PreTrainedModel) -> Iterator[str]:
     """Names of the LayerNorms of a model's encoder, also of those that are wrapped already."""
     encoder = model.base_model
@@ -314,14 +351,18 @@ def _head(model: PreTrainedModel, fresh: Sequence[str]) -> list[str]:
     """Names of the parts of a model with parameters that stand outside its encoder, and of those in it, by their names
     there, that are `fresh`.
     """
-    encoder = model.base_model
-    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is encoder)
+    encoder, prefix = model.base_model, _place_of_encoder(model)
     outside = [
         name
         for name, part in model.named_children()
         if part is not encoder and next(part.parameters(), None) is not None
     ]
     return [*outside, *(prefix + name for name, part in encoder.named_children() if name in fresh)]
+
+
+def _place_of_encoder(model: PreTrainedModel) -> str:
+    """What names of parts of a model's encoder begin with."""
+    return next(f"{name}." if name else "" for name, module in model.named_modules() if module is model.base_model)
 
 
 def _in_float32(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -375,33 +416,46 @@ def save_adapter(model: AdaptersPreTrainedModel, folder: str | os.PathLike, base
 
 
 def load_adapter(
-    model_class: type[AdaptersPreTrainedModel], folder: str | os.PathLike, **settings: Any
+    model_class: type[AdaptersPreTrainedModel],
+    folder: str | os.PathLike,
+    base_model: str | os.PathLike | None = None,
+    **settings: Any,
 ) -> AdaptersPreTrainedModel:
     """A model of our own classes from a folder of an adapter, in evaluation mode; the opposite of `save_adapter`.
 
     Args:
         model_class: `AdaptersForSequenceClassification`, ...
         folder: local, or a name on the Hub.
+        base_model: name on the Hub or folder of the encoder to put the adapters into; by default the one that they
+            were saved with. A part of it that the file of the adapter holds too (a pooler) becomes the file's.
         settings: labels (`num_labels`, `id2label`, ...).
 
     Raises:
-        ValueError: adapters of another method, or tensors that do not fit the model, all of which are named.
+        ValueError: adapters of another method, or tensors that do not fit the model, all of which are named; such as
+            a pooler that neither the encoder's checkpoint nor the file has.
     """
     given = PeftConfig.from_pretrained(os.fspath(folder))
     if not isinstance(given, BottleneckAdapterConfig):
         raise ValueError(f"load_adapter: {folder} holds an adapter of the method {given.peft_type}, not BOTTLENECK.")
     method = {name: getattr(given, name) for name in _SETTINGS}
-    base_model = str(given.base_model_name_or_path)
+    base_model = os.fspath(base_model or given.base_model_name_or_path or "")
+    if not base_model:
+        raise ValueError(f"load_adapter: {folder} does not say which encoder it is for; give base_model.")
     config = AdaptersConfig.from_encoder(AutoConfig.from_pretrained(base_model), **method, **settings)
     model = model_class.from_encoder(base_model, config)
     state = load_peft_weights(os.fspath(folder), device="cpu")
+    place = f"base_model.model.{_place_of_encoder(model.wrapped)}"
+    for name, part in model.wrapped.base_model.named_children():
+        keys = {f"{place}{name}.{key}" for key in part.state_dict()}
+        if keys and keys <= state.keys():
+            model.add_new_modules([name])
     wanted = _trained(model)
     wrong = sorted(state.keys() ^ wanted.keys())
     wrong += [name for name in state.keys() & wanted.keys() if state[name].shape != wanted[name].shape]
     if wrong:
         raise ValueError(
-            f"load_adapter: {folder} does not fit {model_class.__name__}; missing, extra or of another shape: "
-            f"{', '.join(wrong)}. If it is the classification layer, give num_labels."
+            f"load_adapter: {folder} does not fit {model_class.__name__} over {base_model}; missing, extra or of "
+            f"another shape: {', '.join(wrong)}. If it is the classification layer, give num_labels."
         )
     with torch.no_grad():
         for name, value in wanted.items():

@@ -10,8 +10,11 @@ similarity of sentences (Shin et al., 2020, arXiv 2004.08097; with masked models
 T-TA needs one pass of a sentence; any other masked language model works too, with one row for every token.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,7 +95,8 @@ def rescore_nbest(
         max_length: as in `sentence_log_likelihoods`.
 
     Raises:
-        ValueError: a weight out of range, an utterance without hypotheses, or as many scores as it has not.
+        ValueError: a weight out of range, an utterance without hypotheses, as many scores as it has not, or one that
+            is not finite.
     """
     _refuse_string("hypotheses", hypotheses)
     _check_weight(weight)
@@ -107,6 +111,9 @@ def rescore_nbest(
 
 
 def _combine(scores: np.ndarray, likelihoods: np.ndarray, weight: float) -> Rescored:
+    for name, values in (("scores", scores), ("likelihoods", likelihoods)):
+        if not np.isfinite(values).all():  # 0 * inf would be no number, and win
+            raise ValueError(f"n-best lists: {name} must be finite, got {values.tolist()}; use -1e9 for impossible.")
     combined = (1 - weight) * scores + weight * likelihoods
     return Rescored(int(combined.argmax()), combined, likelihoods)
 
@@ -123,6 +130,9 @@ def choose_weight(
     Args:
         scores, likelihoods, errors: of every hypothesis of every utterance; `errors` for instance by `word_errors`.
         weights: what is tried.
+
+    Raises:
+        ValueError: as in `rescore_nbest`.
     """
     _check_lists("likelihoods", scores, likelihoods)
     _check_lists("errors", scores, errors)
@@ -227,6 +237,21 @@ def sentence_similarity(
 
 
 # Common
+
+
+def read_rows(file: str | Path, *columns: str) -> list[dict[str, Any]]:
+    """Rows of a JSONL file.
+
+    Raises:
+        ValueError: there are none, or one lacks a column.
+    """
+    rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ValueError(f"{file} has no rows; it must have one JSON object a line, with {', '.join(columns)}.")
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in columns if name not in row]:
+            raise ValueError(f"{file}: row {number} has no {missing[0]}, only {', '.join(row)}; add it.")
+    return rows
 
 
 class _Evaluating:

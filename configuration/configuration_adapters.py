@@ -4,6 +4,7 @@ Paper: "Parameter-Efficient Transfer Learning for NLP", Houlsby, Giurgiu, Jastrz
 Gesmundo, Attariyan, Gelly, 2019, arXiv 1902.00751. Official code: google-research/adapter-bert (Apache-2.0).
 """
 
+import math
 from collections.abc import Sequence
 
 from huggingface_hub.dataclasses import strict
@@ -23,13 +24,21 @@ def check_adapter_settings(owner: str, size: int, activation: str, init_std: flo
             type(size) is int and size >= 1,
             "at least 1" if type(size) is int else "a whole number",
         ),
-        "adapter_act": (activation, activation in ACT2FN, f"one of {', '.join(sorted(ACT2FN))}"),
-        "adapter_init_std": (init_std, init_std > 0, "above 0: with both matrices zero nothing would be learned"),
+        "adapter_act": (
+            activation,
+            isinstance(activation, str) and activation in ACT2FN,
+            f"one of {', '.join(sorted(ACT2FN))}",
+        ),
+        "adapter_init_std": (
+            init_std,
+            isinstance(init_std, int | float) and init_std is not True and 0 < init_std < math.inf,
+            "a finite number above 0: with both matrices zero nothing would be learned",
+        ),
         "adapter_locations": (
             locations,
-            not isinstance(locations, str)
+            isinstance(locations, list | tuple)
             and len(locations) > 0
-            and set(locations) <= set(LOCATIONS)
+            and all(each in LOCATIONS for each in locations)
             and len(set(locations)) == len(locations),
             f"one or both of {', '.join(LOCATIONS)}, each once",
         ),
@@ -52,8 +61,8 @@ class AdaptersConfig(WrapperConfig):
         adapter_locations: after which sub-layers, "attention" and "output" (of the feed-forward). The output alone is
             the cheaper half of the paper's form.
         train_layer_norm: train gain and bias of every LayerNorm of the encoder too, as the paper.
-        new_modules: parts of the encoder that its checkpoint lacked, such as a pooler; trained with the head. Found by
-            `from_encoder`.
+        new_modules: parts of the encoder that its checkpoint lacked, such as a pooler; trained with the head. What is
+            found to be missing when a checkpoint is loaded is added.
         encoder_config: see `WrapperConfig`.
 
     Raises:
@@ -64,13 +73,13 @@ class AdaptersConfig(WrapperConfig):
 
     adapter_size: int = 64
     adapter_act: str = "gelu_new"
-    adapter_init_std: float = 1e-2
+    adapter_init_std: float | int = 1e-2
     adapter_locations: list[str] | tuple[str, ...] = LOCATIONS
     train_layer_norm: bool = True
     new_modules: list[str] | None = None
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.adapter_locations, str):
+        if isinstance(self.adapter_locations, tuple | set):
             self.adapter_locations = list(self.adapter_locations)
         super().__post_init__(**kwargs)
 

@@ -42,6 +42,7 @@ class BestiaryConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         refuse_near_misses(type(self), kwargs)
+        kwargs.pop("model_type", None)  # that of a stock checkpoint would hide the class's own
         super().__post_init__(**kwargs)
 
     def reject(self, field: str, allowed: str) -> ValueError:

@@ -13,7 +13,8 @@ class KernelEncoderConfig(EncoderConfig):
 
     Args:
         is_decoder: whether a token sees only itself and earlier ones; causal language models set it.
-        use_cache: whether a decoder returns its state for the next token.
+        use_cache: whether `generate()` keeps a decoder's state between tokens; a forward pass returns it only if its
+            own `use_cache` is true.
         chunk_size: tokens whose products a causal pass forms directly; changes speed and memory, not results.
         position_embedding_type: "absolute" (a learned table added to the words), "rotary" (queries and keys are
             rotated before the features) or "absolute_and_rotary".

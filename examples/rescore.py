@@ -10,14 +10,12 @@ rate of `--nbest` is measured with. Without files it shows one list of its own.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import bestiary  # noqa: F401  registers the auto classes
-from bestiary.scoring import choose_weight, rescore_nbest, word_errors
+from bestiary.scoring import choose_weight, read_rows, rescore_nbest, word_errors
 
 
 EXAMPLE = {
@@ -31,11 +29,6 @@ EXAMPLE = {
 }
 
 
-def read(file: str) -> list[dict]:
-    """Rows of a JSONL file."""
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def main(argv: list[str] | None = None) -> list:
     """Rescore and print; returns the rescored lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +39,7 @@ def main(argv: list[str] | None = None) -> list:
     options = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     model = AutoModelForMaskedLM.from_pretrained(options.checkpoint)
-    rows = read(options.nbest) if options.nbest else [EXAMPLE]
+    rows = read_rows(options.nbest, "hypotheses", "scores") if options.nbest else [EXAMPLE]
 
     def rescored(lists: list[dict], weight: float) -> list:
         columns = ([row[name] for row in lists] for name in ("hypotheses", "scores"))
@@ -57,7 +50,7 @@ def main(argv: list[str] | None = None) -> list:
 
     weight = options.weight
     if weight is None and options.development:
-        lists = read(options.development)
+        lists = read_rows(options.development, "hypotheses", "scores", "reference")
         likelihoods = [each.likelihoods for each in rescored(lists, 0.0)]
         weight, wrong = choose_weight([row["scores"] for row in lists], likelihoods, errors(lists))
         print(f"weight {weight:.2f}: {wrong:.0f} word errors on {options.development}")

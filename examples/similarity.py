@@ -10,14 +10,12 @@ language model comparable to one that leaves tokens out of their own states by i
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 import bestiary  # noqa: F401  registers the auto classes
-from bestiary.scoring import sentence_similarity
+from bestiary.scoring import read_rows, sentence_similarity
 
 
 EXAMPLES = [
@@ -36,8 +34,7 @@ def main(argv: list[str] | None = None) -> np.ndarray:
     options = parser.parse_args(argv)
     rows = [{"sentence1": first, "sentence2": second} for first, second in EXAMPLES]
     if options.pairs:
-        lines = Path(options.pairs).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
+        rows = read_rows(options.pairs, "sentence1", "sentence2")
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     model = AutoModelForMaskedLM.from_pretrained(options.checkpoint)
     columns = [[row[name] for row in rows] for name in ("sentence1", "sentence2")]

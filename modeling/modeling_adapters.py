@@ -14,7 +14,8 @@ What is decided here, and where implementations differ:
 * Every LayerNorm of the encoder is trained, that of the embeddings included, as the paper says (AdapterHub leaves them
   frozen); the pooler is frozen, although the head reads it. The head is what stands outside the encoder: for RoBERTa,
   ELECTRA, DeBERTa and DistilBERT more than the last matrix, since all of it is new.
-* What the encoder's checkpoint lacked (the pooler of a masked language model) is new too, and trained with the head.
+* What the encoder's checkpoint lacked (the pooler of a masked language model) is new too, and trained with the head,
+  whether `from_encoder` or `from_pretrained` with a configuration of adapters reads that checkpoint.
 * Initial deviation 1e-2, the paper's; the official code has 1e-3 as its default. Cut at two deviations.
 * The form with one adapter behind the layer's LayerNorm (Pfeiffer et al.) is another method and not built;
   `adapter_locations=["output"]` only leaves one of the two places out.
@@ -61,8 +62,6 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
 
     def add_method(self) -> None:
         config = self.config
-        if config.new_modules is None:
-            config.new_modules = fresh_modules(self.wrapped)
         if any(isinstance(part, Bottleneck) for part in self.wrapped.modules()):
             raise ValueError(
                 f"{type(self).__name__}: this {type(self.wrapped).__name__} has adapters already; take to_base() of "
@@ -71,6 +70,12 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
         add_adapters(
             self.wrapped, config.adapter_size, config.adapter_act, config.adapter_init_std, config.adapter_locations
         )
+        self.add_new_modules(fresh_modules(self.wrapped))
+
+    def add_new_modules(self, names: Iterable[str]) -> None:
+        """Train these parts of the encoder, by their names in it, with the head, and save them with the adapters."""
+        self.config.new_modules = list(dict.fromkeys((*(self.config.new_modules or ()), *names)))
+        self.freeze()
 
     def post_init(self) -> None:
         super().post_init()
@@ -86,9 +91,12 @@ class AdaptersPreTrainedModel(WrapperPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with the pre-trained weights frozen again, which loading makes trainable."""
+        """As in transformers, with the pre-trained weights frozen again, which loading makes trainable. What the
+        checkpoint lacked is found as by `from_encoder`.
+        """
         loaded = super().from_pretrained(*args, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.add_new_modules(fresh_modules(model.wrapped))
         return loaded
 
     def freeze(self) -> None:

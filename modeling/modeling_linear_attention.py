@@ -36,24 +36,8 @@ from .layers.heads import (
     SequenceClassificationHead,
     TokenClassificationHead,
 )
-from .layers.kernel_attention import KernelSelfAttention
+from .layers.kernel_attention import FUNCTIONS, KernelSelfAttention, bounded_exp
 from .layers.kernel_encoder import KernelEncoderModel, KernelPreTrainedModel
-
-
-FEATURES = {
-    "elu": lambda x: F.elu(x) + 1,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "exp": lambda x: bounded_exp(x),
-    "square": torch.square,
-}
-"""phi of the kernels that are one function of each number (Katharopoulos et al., equation 7, and the survey)."""
-LARGEST_EXPONENT = 30.0
-
-
-def bounded_exp(exponent: torch.Tensor) -> torch.Tensor:
-    """exp of numbers cut at +-30."""
-    return exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
 
 
 class LinearSelfAttention(KernelSelfAttention):
@@ -72,8 +56,8 @@ class LinearSelfAttention(KernelSelfAttention):
         scale = self.config.qk_scale
         if scale != 1:
             query, key = query * scale, key * scale
-        if self.kernel in FEATURES:
-            return FEATURES[self.kernel](query), FEATURES[self.kernel](key)
+        if self.kernel in FUNCTIONS:  # Katharopoulos et al., equation 7, and the survey
+            return FUNCTIONS[self.kernel](query), FUNCTIONS[self.kernel](key)
         if self.kernel == "cosine":  # features [1, x / |x|]
             return tuple(F.pad(F.normalize(states, dim=-1, eps=1e-6), (1, 0), value=1.0) for states in (query, key))
         if self.kernel == "scaling":

@@ -10,7 +10,7 @@ Decisions, and differences from the paper and from both codes:
 * padded keys are left out of numerator, denominator and maximum; the official code knows no padding, P leaves their
   features in the denominator (`mask_values_only` does as P);
 * a decoder's keys subtract no maximum over the sequence. In exact arithmetic it cancels, but epsilon and underflow
-  make it a look into the future; exponents are below |w|^2 / 2, far from overflow in float32
+  make it a look into the future; exponents are below |w|^2 / 2, in float32 far from overflow for heads up to 128 wide
   (`key_stabilizer="sequence"` does as the official code, and cannot decode with a state);
 * orthogonal blocks are made uniform by the signs of R; the official blocks are not, and estimates are some per cent
   off (`orthogonal_sign_fix=False`);
@@ -22,6 +22,7 @@ Decisions, and differences from the paper and from both codes:
 * maxima are constants for the gradient, as in P; the official JAX code differentiates them, which gives the same up to
   epsilon;
 * c = d^(-1/4) is on queries and keys; TensorFlow's factor m^(-1/2) before the ReLU equals kernel_epsilon * sqrt(m);
+* the generalised kernel exp cuts its exponents at +-30, where float32 holds all sums;
 * large queries and keys: features carry exp(-|c x|^2 / 2), and below epsilon attention turns uniform. The paper's
   accuracy holds for small norms; see the model card;
 * features, sums and denominators are in float32 under autocast; rotary positions come before the features; dropout of
@@ -43,10 +44,10 @@ from .layers.heads import (
     SequenceClassificationHead,
     TokenClassificationHead,
 )
-from .layers.kernel_attention import KernelCache, KernelSelfAttention, runs_eagerly_on_cpu
+from .layers.kernel_attention import FUNCTIONS, KernelSelfAttention, runs_eagerly_on_cpu
 from .layers.kernel_encoder import KernelEncoderModel, KernelPreTrainedModel
 from .layers.random_features import (
-    FUNCTIONS,
+    causal_positive_attention,
     draw_projection,
     positive_attention,
     positive_features,
@@ -115,10 +116,26 @@ class PerformerSelfAttention(KernelSelfAttention):
             key_mask,
         )
 
-    def initial_state(self, features, value):
-        if not self.config.key_sum_epsilon:
-            return None
-        state = value.new_zeros(*features.shape[:2], features.shape[-1], value.shape[-1])
+    def causal(self, query, key, value, key_mask, state):
+        config = self.config
+        one_token = query.shape[2] == 1 and not torch.is_grad_enabled()
+        streams = config.attention_kernel == "softmax_positive" and config.stabilizer == "none" and not one_token
+        if not streams or not runs_eagerly_on_cpu(query):
+            return super().causal(query, key, value, key_mask, state)
+        return causal_positive_attention(
+            query,
+            key,
+            value,
+            self.projection_matrix.to(query.dtype),
+            config.query_key_scale,
+            config.feature_epsilon,
+            config.chunk_size,
+            self.initial_state(value, config.num_random_features) if state is None else state,
+            key_mask,
+        )
+
+    def initial_state(self, value, width):
+        state = super().initial_state(value, width)
         state[..., -1] = self.config.key_sum_epsilon
         return state
 
@@ -185,13 +202,13 @@ class PerformerModel(KernelEncoderModel, PerformerPreTrainedModel):
     post_norm_layer_class = PerformerLayer
     pre_norm_layer_class = PreNormPerformerLayer
 
-    def new_cache(self) -> KernelCache:
+    def check_decoding(self) -> None:
         if self.config.stabilizer == "sequence" and self.config.is_decoder and self.config.is_softmax:
             raise ValueError(
                 f"{type(self).__name__}: key_stabilizer='sequence' looks at the whole sequence, so there is no state "
                 "to decode with; set key_stabilizer='none', or generate with use_cache=False."
             )
-        return super().new_cache()
+        super().check_decoding()
 
 
 class PerformerForPreTraining(LanguageModelPretrainingHead, PerformerPreTrainedModel):

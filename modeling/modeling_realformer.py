@@ -8,7 +8,8 @@ and their names are BERT's, so BERT's checkpoints load as they are.
 What is easily got wrong, and how it is here:
 * what goes on is the sum of raw scores, before mask, softmax and dropout, and with its gradient;
 * the mean divides for the softmax only. The fast path carries the mean itself and weighs it by l / (l + 1), which is
-  the same sum with one pass less; and it starts the sum from the mask, added once, which no later layer can undo;
+  the same sum with one pass less; and it starts the sum from the mask, added once, which no later layer can undo
+  (an additive mask and the mean go the plain way);
 * sum and softmax are computed in float32, also under autocast and in a half-precision model;
 * the GELU is the tanh form of the official code, `hidden_act="gelu_new"`;
 * heads are matched by their number across layers, so one head can only be pruned in all layers.
@@ -68,7 +69,9 @@ class RealformerSelfAttention(EncoderSelfAttention):
         if not config.residual_attention or config.num_hidden_layers == 1:
             return *super().forward(hidden_states, attention_mask, **kwargs), None
         query, key, value = self.project(hidden_states)
-        if config._attn_implementation == "eager":
+        # a mask is the same in every mean; the fast path's would shrink, which padding does not show but a bias does
+        biased = config.use_running_mean and attention_mask is not None and attention_mask.is_floating_point()
+        if config._attn_implementation == "eager" or biased:
             context, probabilities, scores = self._plain(query, key, value, attention_mask, scores)
         else:
             recorded = kwargs.get("output_attentions", config.output_attentions)
@@ -89,7 +92,7 @@ class RealformerSelfAttention(EncoderSelfAttention):
         scores = raw if scores is None else scores + raw  # Cur_l = raw_l + Prev_l
         logits = scores / (self.layer_idx + 1) if self.config.use_running_mean else scores
         if attention_mask is not None:
-            logits = logits + attention_mask
+            logits = logits + attention_mask.clamp(min=torch.finfo(attention_mask.dtype).min)
         probabilities = nn.functional.softmax(logits, dim=-1).to(value.dtype)
         dropped = nn.functional.dropout(probabilities, self.dropout_prob, self.training)
         return (dropped @ value).transpose(1, 2), probabilities, scores
@@ -110,9 +113,11 @@ class RealformerSelfAttention(EncoderSelfAttention):
             scale, keep = scale / depth, (depth - 1) / depth if depth > 1 else 1.0  # A_l = (l A_{l-1} + raw_l)/(l+1)
         if scores is None and attention_mask is not None:
             wide = torch.promote_types(query.dtype, torch.float32)
-            scores = attention_mask.to(wide)  # (B, 1, T, T)
+            smallest = torch.finfo(wide).min
             if attention_mask.dtype == torch.bool:
-                scores = torch.where(attention_mask, 0.0, torch.finfo(wide).min).to(wide)
+                scores = torch.where(attention_mask, 0.0, smallest).to(wide)  # (B, 1, T, T)
+            else:
+                scores = attention_mask.to(wide).clamp(min=smallest)  # a copy: it is the caller's
         in_place = not (self.training or torch.is_grad_enabled())  # checkpointing keeps its inputs
         if in_place and not recorded and query.shape[-2] >= LONG and not torch.compiler.is_compiling():
             if query.device.type == "cpu" and query.dtype == torch.float32:

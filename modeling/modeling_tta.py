@@ -186,11 +186,15 @@ def other_tokens(
         ValueError: a mask of another kind.
     """
     length, backend = content.shape[1], config._attn_implementation
-    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() % 2):
-        raise ValueError(
-            "T-TA: attention_mask must be a tensor (batch, length) or (batch, 1 or heads, length, length), got "
-            f"{type(attention_mask).__name__} {list(attention_mask.shape)}; the model masks the diagonal itself."
-        )
+    if attention_mask is not None:
+        tensor = isinstance(attention_mask, torch.Tensor)
+        pairs = tensor and (attention_mask.dtype == torch.bool or attention_mask.is_floating_point())
+        if not tensor or attention_mask.dim() not in ((2, 4) if pairs else (2,)):
+            raise ValueError(
+                "T-TA: attention_mask must be a tensor (batch, length), or (batch, 1 or heads, length, length) "
+                f"boolean or additive, got {attention_mask.dtype if tensor else type(attention_mask).__name__} "
+                f"{list(attention_mask.shape)}; the model masks the diagonal itself."
+            )
     itself = torch.eye(length, dtype=torch.bool, device=content.device)  # (T, T)
     smallest = torch.finfo(content.dtype).min
     bias = None

@@ -92,7 +92,7 @@ class UntiedPositions(nn.Module):
         wide = torch.promote_types(self.table.weight.dtype, torch.float32)
         with torch.autocast(positions.device.type, enabled=False):
             # project the positions that are asked for, or the whole table once if that is less
-            whole = positions.numel() > config.max_position_embeddings
+            whole = self.plain and positions.numel() > config.max_position_embeddings
             rows = torch.cat([positions.new_tensor([0, 1]), positions.flatten() + 1])  # (2 + B * T,)
             vectors = self.table.weight if whole else self.table(rows)
             vectors = self._in(wide, self.LayerNorm, vectors.to(wide))
@@ -119,9 +119,15 @@ class UntiedPositions(nn.Module):
                 scores = scores + self.relative(bucket).to(wide).movedim(-1, 1)
             return scores
 
-    @staticmethod
-    def _in(dtype: torch.dtype, module: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    @property
+    def plain(self) -> bool:
+        """Whether the parts are those made here, with no LoRA, quantized layer or parametrization in their place."""
+        return all(type(part) in (nn.Embedding, nn.LayerNorm, nn.Linear) for part in self.children())
+
+    def _in(self, dtype: torch.dtype, module: nn.Module, states: torch.Tensor) -> torch.Tensor:
         """A linear map or LayerNorm computed in a type that may be wider than that of its parameters."""
+        if not self.plain:
+            return module(states.to(self.table.weight.dtype)).to(dtype)
         weight, bias = module.weight.to(dtype), module.bias.to(dtype)
         if isinstance(module, nn.LayerNorm):
             return nn.functional.layer_norm(states, module.normalized_shape, weight, bias, module.eps)
@@ -130,13 +136,13 @@ class UntiedPositions(nn.Module):
     def of_first(self, length: int) -> torch.Tensor:
         """Scores (1, H, T, T) of positions 0 ... T-1.
 
-        In evaluation without gradients on a CPU, those of the longest T so far are kept beside a copy of the
-        parameters, and taken again as long as these are equal to it, number by number: reading them costs a sixth of
-        the scores at base size and T = 128. (Version counters would not do: torch's fused optimizers and writes to
-        `parameter.data` do not raise them.)
+        In evaluation without gradients on a CPU, and if the parts are `plain`, those of the longest T so far are kept
+        beside a copy of the parameters, and taken again as long as these are equal to it, number by number: reading
+        them costs a sixth of the scores at base size and T = 128. (Version counters would not do: torch's fused
+        optimizers and writes to `parameter.data` do not raise them.)
         """
         places = torch.arange(length, device=self.table.weight.device).unsqueeze(0)  # (1, T)
-        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or not self.plain
         if self.training or recorded or places.device.type != "cpu" or torch._C._are_functorch_transforms_active():
             self._kept = None
             return self(places)
@@ -288,36 +294,43 @@ class TupeModel(EncoderModel, TupePreTrainedModel):
         first real one with position 0.
 
         Raises:
-            ValueError: as `EncoderModel.forward`; or a mask (B, 1, T, T) without `position_ids`.
+            ValueError: as `EncoderModel.forward`; a mask (B, 1, T, T) without `position_ids`; or positions out of
+                range (looked at on a CPU, outside torch.compile).
         """
         self.check_inputs(input_ids, inputs_embeds, position_ids)
-        shifted = False
+        if position_ids is not None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            lowest, highest = int(position_ids.min()), int(position_ids.max())
+            if lowest < 0 or highest >= self.config.max_position_embeddings:
+                raise ValueError(
+                    f"{type(self).__name__}: position_ids must be in [0, {self.config.max_position_embeddings}), got "
+                    f"{lowest} to {highest}; count each sequence from 0, padding as 0."
+                )
         if attention_mask is not None and attention_mask.dim() > 2:
             if position_ids is None:
                 raise ValueError(
                     f"{type(self).__name__} got an attention_mask of shape {tuple(attention_mask.shape)}, which does "
                     "not show where sequences begin; pass position_ids, 0 at every [CLS]."
                 )
-        elif attention_mask is not None:
-            shifted = position_ids is not None
-            if position_ids is None:
-                real = attention_mask != 0  # (B, T)
-                right = real[:, 0] | ~real.any(1)  # (B,): the row begins with a token
-                if torch.compiler.is_compiling():
-                    torch._assert_async(
-                        right.all(), "TUPE: rows that begin with padding need position_ids under torch.compile"
-                    )
-                elif not right.all():
-                    places = torch.arange(real.shape[1], device=real.device)
-                    position_ids = (places - real.int().argmax(1, keepdim=True)).clamp(min=0)  # (B, T)
-                    shifted = True
+        elif attention_mask is not None and position_ids is None:
+            real = attention_mask != 0  # (B, T)
+            right = real[:, 0] | ~real.any(1)  # (B,): the row begins with a token
+            if torch.compiler.is_compiling():
+                torch._assert_async(
+                    right.all(), "TUPE: rows that begin with padding need position_ids under torch.compile"
+                )
+            elif not right.all():
+                places = torch.arange(real.shape[1], device=real.device)
+                position_ids = (places - real.int().argmax(1, keepdim=True)).clamp(min=0)  # (B, T)
         outputs = super().forward(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        if shifted and self.pooler is not None:
-            first = ((position_ids == 0) & (attention_mask != 0)).int().argmax(1)  # (B,)
-            rows = torch.arange(len(attention_mask), device=first.device)
-            outputs.pooler_output = self.pooler(outputs.last_hidden_state[rows, first].unsqueeze(1))
+        if position_ids is not None and self.pooler is not None:
+            starts = position_ids == 0  # (1 or B, T)
+            if attention_mask is not None and attention_mask.dim() == 2:
+                starts = starts & (attention_mask != 0)
+            rows = torch.arange(len(outputs.last_hidden_state), device=starts.device)
+            first = outputs.last_hidden_state[rows, starts.int().argmax(1)]  # (B, D)
+            outputs.pooler_output = self.pooler(first.unsqueeze(1))
         return outputs
 
 

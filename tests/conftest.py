@@ -14,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("shared_trainer") and not item.getparent(pytest.Class).cls.stands_for_all:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def parity_dir(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     """Gives the folder of a paper's official numbers, or skips the test if there is none."""

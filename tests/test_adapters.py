@@ -13,6 +13,7 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     DebertaConfig,
     DebertaV2Config,
@@ -26,7 +27,11 @@ from bestiary import adapters_off
 from bestiary.configuration.configuration_adapters import AdaptersConfig
 from bestiary.configuration.configuration_bert import BertPretrainingConfig
 from bestiary.modeling.layers.bottleneck import Bottleneck, adapter_sites, build_activation, is_layer_norm
-from bestiary.modeling.modeling_adapters import AdaptersForSequenceClassification, AdaptersModel
+from bestiary.modeling.modeling_adapters import (
+    AdaptersForSequenceClassification,
+    AdaptersForTokenClassification,
+    AdaptersModel,
+)
 
 
 TINY = {
@@ -100,7 +105,8 @@ class TestAdapters(WrapperSuite):
     bad_settings = (
         ({"adapter_size": 0}, "adapter_size must be at least 1; got 0"),
         ({"adapter_act": "gellu"}, "adapter_act must be one of .*gelu_new"),
-        ({"adapter_init_std": 0.0}, "adapter_init_std must be above 0"),
+        ({"adapter_init_std": 0.0}, "adapter_init_std must be a finite number above 0"),
+        ({"adapter_init_std": float("nan")}, "adapter_init_std must be a finite number above 0"),
         ({"adapter_locations": ["atention"]}, "adapter_locations must be one or both of attention, output"),
         ({"adapter_locations": []}, "adapter_locations must be one or both"),
         ({"adapter_locations": ["output", "output"]}, "each once"),
@@ -131,7 +137,7 @@ def test_initial_values(std, tmp_path):
     config = BertConfig(**TINY | {"hidden_size": 400, "num_attention_heads": 2, "num_hidden_layers": 1})
     settings = {"adapter_size": 300, "adapter_init_std": std}
     fresh = AdaptersModel(AdaptersConfig(encoder_config=config, **settings))
-    fresh.to_base().save_pretrained(tmp_path)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
     models = [fresh, AdaptersModel.from_encoder(tmp_path, **settings)]
     with poisoned_memory():  # a plain checkpoint has no adapters: they are missing
         models.append(
@@ -233,6 +239,35 @@ def test_what_is_trained_in_every_layout(encoder, tmp_path):
     check_trained(loaded)
     encoder_alone = AutoModel.from_pretrained(tmp_path)
     assert not any(part.requires_grad for part in encoder_alone.get_input_embeddings().parameters())
+
+
+def test_from_pretrained_finds_what_a_checkpoint_lacked_as_from_encoder_does(tmp_path):
+    """A masked language model has no pooler, and a tagger neither; an encoder alone has other names."""
+    encoder = ENCODERS["bert"]()
+    BertForMaskedLM(encoder).save_pretrained(tmp_path / "masked")
+    wrap(tmp_path / "masked", AdaptersForTokenClassification).save_pretrained(tmp_path / "tagger")
+    stock(encoder).save_pretrained(tmp_path / "classifier")
+    stock(encoder).bert.save_pretrained(tmp_path / "encoder")
+    given = AdaptersConfig(encoder_config=encoder, adapter_size=5)
+    AdaptersForSequenceClassification(given)  # sets `new_modules`, which must not hide what is found later
+
+    def poolers(model):
+        return [name for name, part in model.named_parameters() if part.requires_grad and "pooler" in name]
+
+    for folder, config, lacked in (
+        ("masked", given, ["pooler"]),
+        ("tagger", None, ["pooler"]),
+        ("classifier", given, []),
+    ):
+        config = {} if config is None else {"config": config}
+        model = AdaptersForSequenceClassification.from_pretrained(tmp_path / folder, **config)
+        assert model.config.new_modules == lacked and len(poolers(model)) == 2 * len(lacked), folder
+        model.save_pretrained(tmp_path / "again")
+        assert poolers(AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")) == poolers(model)
+    from_encoder = AdaptersForSequenceClassification.from_encoder(tmp_path / "masked", given)
+    assert from_encoder.config.new_modules == ["pooler"] and len(poolers(from_encoder)) == 2
+    with pytest.raises(ValueError, match="encoder' has no weight of a BertModel.*Classification.from_encoder"):
+        AdaptersForSequenceClassification.from_pretrained(tmp_path / "encoder", config=given)
 
 
 def test_layer_norms_can_be_left_frozen():

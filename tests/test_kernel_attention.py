@@ -17,6 +17,7 @@ from bestiary.modeling.layers.kernel_attention import (
     rotate,
 )
 from bestiary.modeling.layers.random_features import (
+    causal_positive_attention,
     draw_projection,
     positive_attention,
     positive_features,
@@ -125,6 +126,35 @@ def test_positive_attention_equals_its_features(maximum, masked, block, monkeypa
         out = function(*inputs)
         results.append((out, torch.autograd.grad(out, inputs, grad)))
     assert all(part.isfinite().all() for part in (results[1][0], *results[1][1]))
+    assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("chunk", [2, 5, 64])
+def test_causal_positive_attention_equals_its_features(masked, chunk):
+    """Values, state and gradients, from a state that is not zero."""
+    query, key, value = (normal(2, 3, 5, 4, seed=s, dtype=torch.float64) for s in range(3))
+    mask = (torch.arange(5) < torch.tensor([5, 3])[:, None])[:, None, :, None] if masked else None
+    if masked:
+        value = value * mask
+        key = torch.where(mask, key, 50.0)
+    weight, scale, epsilon = normal(6, 4, seed=5, dtype=torch.float64), 4**-0.25, 1e-2
+    state, grad = (normal(2, 3, rows, 4, seed=s, dtype=torch.float64) for rows, s in ((6, 7), (5, 6)))
+
+    def plain(q, k, v):
+        ours = positive_features(q, weight, scale, epsilon, "row")
+        theirs = positive_features(k, weight, scale, epsilon, "none", mask)
+        return (ours @ theirs.mT).tril() @ v + ours @ state, state + theirs.mT @ v
+
+    def streamed(q, k, v):
+        return causal_positive_attention(q, k, v, weight, scale, epsilon, chunk, state, mask)
+
+    results = []
+    for function in (plain, streamed):
+        inputs = leaves(query, key, value)
+        out, final = function(*inputs)
+        results.append((out, final.detach(), torch.autograd.grad(out, inputs, grad)))
+    assert all(part.isfinite().all() for part in (*results[1][:2], *results[1][2]))
     assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
 
 
@@ -355,6 +385,18 @@ def test_padding_is_in_no_sum(kernel, left):
         assert (context[1:, :, kept] - alone).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("kernel", (*AVERAGES, "softmax_trig", "scaling"))
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_a_row_without_tokens_is_finite(kernel, backend):
+    """And so are its gradients; other rows are as without it."""
+    module = attention(kernel, False, 2, 4)
+    inputs = leaves(*batch(scale=0.5))
+    context, _ = heads_of(module, *inputs, mask_of(9, 0), backend)
+    context.sum().backward()
+    assert context.isfinite().all() and all(part.grad.isfinite().all() for part in inputs)
+    assert_close(context[:1], heads_of(module, *(part[:1] for part in inputs), backend=backend)[0])
+
+
 @pytest.mark.parametrize("kernel", (*AVERAGES, "softmax_trig"))
 def test_causal_form_is_every_prefix(kernel):
     """Row i is the last row of the bidirectional form of the first i + 1 tokens, and later tokens change nothing."""
@@ -397,10 +439,12 @@ def test_causal_double_softmax(form):
     assert_close(context, torch.cat(rows, 2), rtol=1e-10, atol=1e-10)
 
 
-def test_exponents_are_cut_where_float32_ends():
+@pytest.mark.parametrize("kernel", ["double_softmax", "exp", "generalized_exp"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_exponents_are_cut_where_float32_ends(kernel, causal):
     query, key, value = batch()
-    module = attention("double_softmax", True, 2, 4)
-    inputs = leaves(query, 200 * key, value)
+    module = attention(kernel, causal, 2, 4)
+    inputs = leaves(200 * query, 200 * key, value)
     context, _ = heads_of(module, *inputs)
     context.sum().backward()
     assert context.isfinite().all() and all(part.grad.isfinite().all() for part in inputs)

@@ -4,6 +4,8 @@ Tolerance 1e-5 (see suites/parity.py for the measure); an independent re-impleme
 numbers must come from our classes and from PEFT's model, and from the weights under the official TensorFlow names.
 """
 
+import re
+
 import pytest
 import torch
 from peft import PeftModel
@@ -12,6 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import bestiary
 from bestiary.conversion import adapters
+from bestiary.modeling.layers.bottleneck import Bottleneck
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks
@@ -53,8 +56,9 @@ def model(record, request, tmp_path):
 
 
 def official(name: str, record: Record) -> str:
-    """AdapterHub's name of a parameter of either kind of model."""
+    """AdapterHub's name of a parameter of either kind of model; also that of a copy which PEFT trains."""
     name = name.removeprefix("base_model.model.")
+    name = re.sub(r"\.(bottleneck_norm|modules_to_save)\.default|\.(base_layer|original_module)", "", name)
     name = name.replace("bottleneck_down.default", "adapter.down").replace("bottleneck_up.default", "adapter.up")
     return adapters.hub_name(name, adapter_of(record))
 
@@ -74,13 +78,48 @@ def test_states_logits_and_loss(model, record):
 
 
 def test_gradients(model, record):
-    model(**record.inputs).loss.backward()
-    found = {official(name, record): value.grad for name, value in model.named_parameters() if value.requires_grad}
-    assert {name for name in record.weights if ".adapters." in name} <= found.keys()
+    """Of every parameter that the record has a gradient of: adapters, LayerNorms, head, and what is frozen."""
+    trained = {official(name, record) for name, value in model.named_parameters() if value.requires_grad}
+    parts = (".adapters.", "LayerNorm", "classifier.")
+    assert trained == {name for name in record.weights if any(part in name for part in parts)}
+    model.requires_grad_(True)(**record.inputs).loss.backward()
+    found = {official(name, record): each.grad for name, each in model.named_parameters() if each.grad is not None}
+    assert found.keys() == {name for name in record.weights if not name.endswith("position_ids")}
     with Comparison(record) as compare:
         for name in record.outputs:
             if name.startswith("grad."):
                 compare(name, found[name.removeprefix("grad.")])
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_locations_are_taken_from_the_names(record, official):
+    """A checkpoint with adapters behind one sub-layer alone gives that model, from either layout."""
+    state = as_official(record) if official else record.weights
+    inputs = {name: value for name, value in record.inputs.items() if name != "labels"}
+    inside = re.compile(r"attention[./]output[./]adapters")
+    places = {bool(inside.search(name)) for name in state if "adapters" in name}
+    whole = adapters.convert(state, record.config).config.adapter_locations
+    assert whole == [name for name, place in (("attention", True), ("output", False)) if place in places]
+    if len(places) == 1:
+        return
+    for kept, dropped in (("attention", "output"), ("output", "attention")):
+        some = {
+            name: value
+            for name, value in state.items()
+            if "adapters" not in name or bool(inside.search(name)) is (kept == "attention")
+        }
+        model = adapters.convert(some, record.config)
+        assert model.config.adapter_locations == [kept]
+        expected = adapters.convert(state, record.config)
+        for name, part in expected.named_modules():
+            if isinstance(part, Bottleneck) and (".attention.output." in name) is (dropped == "attention"):
+                torch.nn.init.zeros_(part.up.weight)
+                torch.nn.init.zeros_(part.up.bias)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits)
+    name = next(name for name in some if "adapters" in name)
+    with pytest.raises(ValueError, match=re.escape(f"1 missing: {name}")):
+        adapters.convert({key: value for key, value in some.items() if key != name}, record.config)
 
 
 def test_encoder_alone(record):

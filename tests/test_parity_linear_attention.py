@@ -150,5 +150,16 @@ def test_what_does_not_fit_is_named(record):
     given = record.config["config"]
     with pytest.raises(ValueError, match="1 missing: layers.0.norm1.weight"):
         linear_attention.convert({k: v for k, v in state.items() if k != "layers.0.norm1.weight"}, given)
+    with pytest.raises(ValueError, match="the checkpoint lacks layers.0.linear1.weight"):
+        linear_attention.convert({k: v for k, v in state.items() if k != "layers.0.linear1.weight"}, given)
+    with pytest.raises(ValueError, match="attention_type 'full' is none that is built here"):
+        linear_attention.convert(state, given | {"attention_type": "full"})
     without = {name: tensor for name, tensor in state.items() if not name.startswith("norm.")}
     assert linear_attention.convert(without, given).config.final_layer_norm is False
+
+
+def test_options_by_the_names_of_fast_transformers(record):
+    state = {n.removeprefix("elu_encoder."): t for n, t in record.weights.items() if n.startswith("elu_encoder.")}
+    options = {"n_heads": record.config["config"]["num_attention_heads"], "activation": "relu"}
+    config = linear_attention.convert(state, options | {"attention_type": "causal-linear"}).config
+    assert (config.num_attention_heads, config.hidden_act, config.is_decoder) == (options["n_heads"], "relu", True)

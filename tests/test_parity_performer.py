@@ -135,8 +135,14 @@ def test_what_does_not_fit_is_named(record):
     _, _, settings, state = next(language_models(record))
     with pytest.raises(ValueError, match="num_attention_heads .* is not given"):
         performer.convert(state, {})
+    with pytest.raises(ValueError, match="no_projection=True of PerformerLM is a network that is not built"):
+        performer.convert(state, settings | {"no_projection": True})
     heads = settings["num_attention_heads"]
-    with pytest.raises(ValueError, match="layer_pos_emb.emb is not the table"):
-        performer.convert(state, settings | {"num_attention_heads": 1 if heads > 1 else 2})
+    wrong_heads = settings | {"num_attention_heads": 1 if heads > 1 else 2}
+    rotary = performer.ROTARY in state
+    with pytest.raises(ValueError, match="layer_pos_emb.emb is not the table" if rotary else "projection_matrix is"):
+        performer.convert(state, wrong_heads)
+    with pytest.raises(ValueError, match="the checkpoint lacks token_emb.weight, which show the sizes"):
+        performer.convert({k: v for k, v in state.items() if k != "token_emb.weight"}, settings)
     with pytest.raises(ValueError, match="1 missing: performer.net.layers.0.0.fn.to_q.weight"):
         performer.convert({k: v for k, v in state.items() if k != "performer.net.layers.0.0.fn.to_q.weight"}, settings)

@@ -92,6 +92,15 @@ def test_the_class_follows_the_heads(head, found, official):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.parametrize(
+    ("change", "mean"), [({}, True), ({"use_running_mean": False}, False), ({"num_hidden_layers": 24}, False)], ids=str
+)
+def test_the_xlarge_checkpoint_takes_the_mean(change, mean):
+    """No file of it says so."""
+    sizes = {name: size for name, size in RealformerConfig.SIZES["xlarge"].items() if name != "use_running_mean"}
+    assert realformer._configuration(sizes | change, {}, official=True).use_running_mean == mean
+
+
 def test_what_does_not_fit_is_named(record):
     with pytest.raises(ValueError, match="realformer: num_attention_heads is not given"):
         realformer.convert(record.weights, {})

@@ -4,16 +4,18 @@ adapters, half precision, what must be refused.
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file
-from test_adapters import ENCODERS, TINY, batch, stir, stock, wrap
+from test_adapters import BASE, ENCODERS, LARGE, TINY, batch, stir, stock, wrap
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForTokenClassification,
     BertConfig,
     BertForMaskedLM,
+    ElectraConfig,
 )
 
 import bestiary
@@ -256,11 +259,15 @@ def test_what_is_trained(encoder):
         assert not any("pooler" in name for name in names)
 
 
-def test_the_numbers_of_bert_base():
+@pytest.mark.parametrize(
+    ("sizes", "trained"),
+    [(BASE, 2_379_264 + 38_400 + 1_538), (LARGE, 6_343_680 + 100_352 + 2_050)],  # adapters, LayerNorms, head
+)
+def test_the_numbers_of_bert(sizes, trained):
     with torch.device("meta"):
-        plain = AutoModelForSequenceClassification.from_config(BertConfig())
+        plain = AutoModelForSequenceClassification.from_config(BertConfig(**sizes))
         model = get_peft_model(plain, BottleneckAdapterConfig(task_type="SEQ_CLS", adapter_size=64))
-    assert model.get_nb_trainable_parameters()[0] == 2_419_202
+    assert model.get_nb_trainable_parameters()[0] == trained
 
 
 def test_settings_reach_the_model():
@@ -284,6 +291,13 @@ def test_settings_reach_the_model():
         ({"adapter_size": 0}, "BottleneckAdapterConfig.adapter_size must be at least 1"),
         ({"adapter_locations": ["ffn"]}, "adapter_locations must be one or both"),
         ({"adapter_act": "step"}, "adapter_act must be one of"),
+        ({"adapter_act": ["relu"]}, "adapter_act must be one of"),
+        ({"adapter_size": "8"}, "adapter_size must be a whole number; got '8'"),
+        ({"adapter_init_std": "small"}, "adapter_init_std must be a finite number above 0.*got 'small'"),
+        ({"adapter_init_std": float("inf")}, "adapter_init_std must be a finite number above 0"),
+        ({"adapter_locations": 3}, "adapter_locations must be one or both"),
+        ({"adapter_locations": [["output"]]}, "adapter_locations must be one or both"),
+        ({"train_layer_norm": "no"}, "BottleneckAdapterConfig.train_layer_norm must be true or false; got 'no'"),
     ):
         with pytest.raises(ValueError, match=message):
             settings(**wrong)
@@ -356,10 +370,16 @@ def test_off_by_layer_and_all_at_once(encoder):
         wanted = {name: value for name, value in own.named_parameters() if value.requires_grad}
         given = [value for value in model.parameters() if value.requires_grad]
         assert sum(map(torch.numel, wanted.values())) == sum(map(torch.numel, given))
-    for layers in (None, range(2)):
+    for layers in (range(3), range(2), [2], None):
         with adapters_off(model, layers):
             off = outputs(model)
         assert not torch.allclose(off, everything) and not torch.allclose(off, before)
+        other = copy.deepcopy(model)
+        for name, part in other.named_modules():
+            if isinstance(part, BottleneckLayer) and (layers is None or int(re.search(r"\d+", name)[0]) in layers):
+                torch.nn.init.zeros_(part.bottleneck_up["default"].weight)
+                torch.nn.init.zeros_(part.bottleneck_up["default"].bias)
+        assert_close(off, outputs(other))
     assert torch.equal(outputs(model), everything)
     with model.disable_adapter():
         assert torch.equal(outputs(model), before)
@@ -525,3 +545,108 @@ def test_target_modules_that_nothing_has():
     model = AutoModelForSequenceClassification.from_config(BertConfig(**TINY))
     with pytest.raises(ValueError, match="target_modules={'nonsense'} names no module of a BertForSequenceClass"):
         get_peft_model(model, BottleneckAdapterConfig(target_modules=["nonsense"], task_type="SEQ_CLS"))
+
+
+def test_adapters_are_as_wide_as_the_output_that_they_follow(tmp_path):
+    """Linear maps and embeddings of any width, behind which the encoder's width would be wrong."""
+    base = ElectraConfig(**TINY, embedding_size=16)
+    stock(base).save_pretrained(tmp_path / "base")
+    chosen = ["intermediate.dense", "word_embeddings", "attention.output.dense"]
+    model = adapted(load(tmp_path / "base"), target_modules=chosen)
+    widths = {
+        name.split("electra.")[1]: part.bottleneck_down["default"].in_features
+        for name, part in model.named_modules()
+        if isinstance(part, BottleneckLayer)
+    }
+    wide = {"intermediate.dense": 40, "attention.output.dense": 24}
+    assert widths == {"embeddings.word_embeddings": 16} | {
+        f"encoder.layer.{number}.{name}": width for number in range(3) for name, width in wide.items()
+    }
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(outputs(load(tmp_path / "adapter")), outputs(model))
+    model.add_adapter("other", settings(target_modules=chosen))
+    model.set_adapter("other")
+    outputs(model)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("embeddings.dropout", "electra.embeddings.dropout, a Dropout, is for states 24 wide, but .* is 16 wide"),
+        ("intermediate_act_fn", "layer.0.intermediate.intermediate_act_fn, a GELU.* 24 wide, but .* is 40 wide"),
+        ("attention.self", "layer.0.attention.self, a ElectraSelfAttention, .* is no single tensor"),
+    ],
+)
+def test_places_whose_output_has_another_shape(place, message):
+    """Only running them shows it."""
+    model = get_peft_model(stock(ElectraConfig(**TINY, embedding_size=16)), settings(target_modules=[place]))
+    with pytest.raises(ValueError, match=f"target_modules: the adapter behind .*{message}"):
+        outputs(model)
+
+
+def test_places_inside_each_other():
+    message = "names bert.encoder.layer.0.output, a BertOutput, in which bert.encoder.layer.0.output.LayerNorm gets"
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(stock(BertConfig(**TINY)), settings(target_modules=["0.output"]))
+    model = get_peft_model(stock(BertConfig(**TINY)), settings(target_modules=["0.output"], train_layer_norm=False))
+    outputs(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_place_beside_no_parameters(dtype):
+    """The module that holds it has none whose device and type an adapter could take."""
+    plain = stock(BertConfig(**TINY)).to(dtype)
+    for layer in plain.bert.encoder.layer:
+        layer.output.dropout = torch.nn.Sequential(layer.output.dropout)
+    model = get_peft_model(plain, settings(target_modules=["output.dropout.0"]), autocast_adapter_dtype=False)
+    assert {part.dtype for part in model.parameters()} == {dtype}
+    outputs(model)
+
+
+# ---------------------------------------------------------------------------------------------------- another encoder
+
+
+@pytest.fixture
+def with_pooler(tmp_path):
+    """Folders of one encoder: as a masked language model, and alone with a pooler."""
+    model = stock(BertConfig(**TINY))
+    model.bert.save_pretrained(tmp_path / "encoder")
+    masked = BertForMaskedLM(model.config)
+    masked.bert.load_state_dict(model.bert.state_dict(), strict=False)
+    masked.save_pretrained(tmp_path / "masked")
+    return str(tmp_path / "masked"), str(tmp_path / "encoder")
+
+
+def test_the_encoder_can_be_another_than_the_file_names(with_pooler, tmp_path):
+    """With the file's pooler over an encoder that has one of its own."""
+    masked, encoder = with_pooler
+    model = stir(ours.AdaptersForSequenceClassification.from_encoder(masked, adapter_size=4)).eval()
+    bestiary.save_adapter(model, tmp_path / "adapter")
+    moved = tmp_path / "moved"
+    Path(masked).rename(moved)
+    for place in (moved, encoder):
+        own = bestiary.load_adapter(ours.AdaptersForSequenceClassification, tmp_path / "adapter", base_model=place)
+        assert own.config.new_modules == ["pooler"] and not hasattr(own.config, "base_model")
+        assert torch.equal(outputs(own), outputs(model))
+        trained = {name for name, part in own.named_parameters() if part.requires_grad}
+        assert trained == {name for name, part in model.named_parameters() if part.requires_grad}
+        bestiary.save_adapter(own, tmp_path / "again")
+        written = json.loads((tmp_path / "again/adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(place)
+        for loaded in (
+            load(tmp_path / "again"),
+            PeftModel.from_pretrained(load(place), tmp_path / "adapter").eval(),
+        ):
+            assert_close(outputs(loaded), outputs(model))
+
+
+def test_a_pooler_that_nobody_has(with_pooler, tmp_path):
+    masked, encoder = with_pooler
+    model = ours.AdaptersForSequenceClassification.from_encoder(encoder, adapter_size=4)
+    bestiary.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=f"over {masked}; missing.*pooler.dense.weight"):
+        bestiary.load_adapter(ours.AdaptersForSequenceClassification, tmp_path, base_model=masked)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not say which encoder it is for; give base_model"):
+        bestiary.load_adapter(ours.AdaptersForSequenceClassification, tmp_path)

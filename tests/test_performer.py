@@ -5,11 +5,12 @@ import torch
 from suites.causal_suite import CausalSuite
 from suites.encoder_suite import EncoderSuite, at_real_tokens
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from bestiary.configuration.configuration_performer import FUNCTIONS, PerformerConfig
 from bestiary.modeling import modeling_performer as performer
 from bestiary.modeling.layers import random_features
+from bestiary.modeling.layers.kernel_attention import KernelCache
 
 
 TINY = {
@@ -103,6 +104,13 @@ class TestPerformer(CausalSuite, EncoderSuite):
         monkeypatch.setattr(random_features._PositiveAttention, "apply", lambda *a: calls.append(1) or original(*a))
         self.build(self.base)(**self.inputs(self.base))
         assert len(calls) == 2
+        streamed = []
+        causal = random_features._CausalPositiveAttention.apply
+        monkeypatch.setattr(
+            random_features._CausalPositiveAttention, "apply", lambda *a: streamed.append(1) or causal(*a)
+        )
+        self.decoder()(**self.prompt())
+        assert len(streamed) == 2
 
     def test_projections_are_saved_drawn_by_seed_and_layer_and_not_trained(self, tmp_path):
         models = [
@@ -158,6 +166,18 @@ class TestPerformer(CausalSuite, EncoderSuite):
         torch.optim.SGD(model.parameters(), 0.5).step(lambda: before.backward())
         assert model(**inputs).loss < before
 
+    def test_the_folder_of_a_stock_bert_needs_no_configuration(self, tmp_path):
+        """Sizes come from it, its type does not: what is saved is a Performer with its code."""
+        sizes = {name: value for name, value in TINY.items() if name not in ("num_random_features", "chunk_size")}
+        BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+        model = self.masked_class.from_pretrained(tmp_path / "bert")
+        assert (model.config.model_type, model.config.hidden_size) == ("bestiary-performer", 32)
+        model.save_pretrained(tmp_path / "ours")
+        assert (tmp_path / "ours" / "modeling_performer.py").is_file()
+        loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "ours")
+        assert type(loaded) is self.masked_class
+        assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
     # ----------------------------------------------------------------------------------------------------- generation
 
     def test_stabilising_over_the_sequence_cannot_decode(self):
@@ -165,6 +185,8 @@ class TestPerformer(CausalSuite, EncoderSuite):
         inputs = self.prompt()
         with pytest.raises(ValueError, match="set key_stabilizer='none', or generate with use_cache=False"):
             model.generate(**inputs, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        with pytest.raises(ValueError, match="set key_stabilizer='none'"):
+            model(**inputs, past_key_values=KernelCache(2))
         found = model.generate(**inputs, max_new_tokens=2, do_sample=False, use_cache=False, pad_token_id=0)
         assert found.shape == (3, 9)
 

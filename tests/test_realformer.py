@@ -1,10 +1,12 @@
 """RealFormer's models: the common suite and the paper's own checks."""
 
+import json
+
 import pytest
 import torch
 from suites.encoder_suite import EncoderSuite, gradients
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForPreTraining, BertModel
 
 from bestiary.configuration.configuration_bert import BertPretrainingConfig
 from bestiary.configuration.configuration_realformer import RealformerConfig
@@ -163,6 +165,42 @@ def test_one_product_of_all_heads_joined(mean):
 
 @BACKENDS
 @MEAN
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1, 12, 12), (2, 4, 12, 12)])
+def test_masks_of_pairs(backend, mean, grad, shape):
+    """A bias counts the same in every layer, also with the mean, and is not written to."""
+    model = build(backend=backend, use_running_mean=mean)
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    before = bias.clone()
+    with torch.set_grad_enabled(grad):
+        found = model(IDS, attention_mask=bias, output_attentions=True)
+        states = model(IDS, attention_mask=bias, output_hidden_states=True).hidden_states
+    assert torch.equal(bias, before)
+    scores = 0
+    for depth, (layer, state, shares) in enumerate(zip(model.encoder.layer, states, found.attentions), 1):
+        query, key, _ = layer.attention.self.project(state)
+        scores = scores + query @ key.mT * 8**-0.5
+        assert_close(shares, (scores / (depth if mean else 1) + bias).softmax(-1), rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.last_hidden_state, states[-1])
+
+    expected = model(IDS, attention_mask=MASK).last_hidden_state[MASK == 1]
+    pairs = (MASK == 1)[:, None, None, :].expand(shape)
+    for given in (pairs, torch.where(pairs, 0.0, -torch.inf)):
+        with torch.set_grad_enabled(grad):
+            masked = model(IDS, attention_mask=given).last_hidden_state[MASK == 1]
+            assert (
+                model(IDS, attention_mask=given & False if given is pairs else given - torch.inf)[0].isfinite().all()
+            )
+        assert_close(masked, expected, rtol=1e-4, atol=1e-5)
+    for wrong in (pairs.long(), pairs[:, 0]):
+        with pytest.raises(
+            ValueError, match=r"RealformerModel: attention_mask must be .*, got torch\.(int64|bool) \["
+        ):
+            model(IDS, attention_mask=wrong)
+
+
+@BACKENDS
+@MEAN
 def test_layers_without_queries_attend_as_the_first(backend, mean):
     model = build(backend=backend, use_running_mean=mean)
     with torch.no_grad():
@@ -206,6 +244,17 @@ def test_one_layer_is_bert_bit_for_bit(backend, mean):
             ours, theirs = (each(IDS, attention_mask=mask).last_hidden_state for each in (model, other))
             real = torch.ones_like(IDS) if mask is None else mask
             assert torch.equal(ours[real == 1], theirs[real == 1])
+
+
+def test_stock_bert_becomes_a_realformer(tmp_path):
+    """By its own configuration; and what is saved is of our type, with code."""
+    BertForPreTraining(BertConfig(**TINY)).save_pretrained(tmp_path / "bert")
+    model, report = realformer.RealformerForPreTraining.from_pretrained(tmp_path / "bert", output_loading_info=True)
+    assert not any(report.values()) and model.config.residual_attention and model.config.hidden_act == "gelu"
+    model.save_pretrained(tmp_path / "ours")
+    saved = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert saved["model_type"] == "bestiary-realformer" and "AutoModel" in saved["auto_map"]
+    assert (tmp_path / "ours" / "modeling_realformer.py").is_file()
 
 
 def test_bert_checkpoint_loads_as_it_is(tmp_path):

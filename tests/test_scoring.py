@@ -246,6 +246,7 @@ def test_mistakes_in_lists(tokenizer):
         (LISTS, [[-3.0, -2.5], [-1.0, -1.5]], 0.5, r"\[3, 2\] hypotheses, but there are \[2, 2\] scores"),
         ([["a bird"], []], [[1.0], []], 0.5, "n-best list 1 is empty"),
         ("a bird", GIVEN, 0.5, "hypotheses must be a list"),
+        (LISTS, [[-3.0, -np.inf, -4.0], [-1.0, -1.5]], 1.0, r"scores must be finite, got \[-3.0, -inf, -4.0\]"),
     ):
         with pytest.raises(ValueError, match=message):
             rescore_nbest(model, tokenizer, lists, given, weight)
@@ -355,6 +356,17 @@ def test_rescoring_example(checkpoint, tmp_path, capsys):
     wrong = [word_errors(row["reference"], row["hypotheses"][r.best]) for row, r in zip(rows, results)]
     assert f"word error rate {100 * 1 / 7:.2f} % -> {100 * sum(wrong) / 7:.2f} %" in printed
     assert f"{sum(wrong)} word errors on" in printed
+
+
+@pytest.mark.parametrize(
+    ("script", "option"), [("rescore.py", "--nbest"), ("rescore.py", "--development"), ("similarity.py", "--pairs")]
+)
+def test_files_that_lack_something(script, option, checkpoint, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for text, message in (("", "has no rows"), ('{"hypotheses": [], "sentence1": "a"}', "row 1 has no s")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            run(script, checkpoint, option, str(file))
 
 
 def test_similarity_example(checkpoint, tmp_path, capsys):

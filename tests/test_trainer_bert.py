@@ -67,6 +67,7 @@ class Bert:
 
 
 class TestBertTrainer(Bert, TrainerSuite):
+    stands_for_all = True
     parts = ("mlm", "sentence")
     metrics = ("sentence_accuracy",)
 

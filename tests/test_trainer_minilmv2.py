@@ -218,8 +218,8 @@ def test_text_is_packed_unmasked_and_in_one_segment(arguments):
     assert batch["input_ids"].shape[1] == 16 and batch["attention_mask"].sum().item() == sum(lengths)
     with pytest.raises(ValueError, match="max_length is 17, but the model has max_position_embeddings=16"):
         MiniLMv2Trainer.check_sizes(tokenizer(), model.config, 17)
-    roberta = AutoConfig.for_model("roberta", hidden_size=24, **SIZES)
-    with pytest.raises(ValueError, match="max_length is 16, but the student's position table serves 14 tokens"):
+    roberta = AutoConfig.for_model("roberta", hidden_size=24, **SIZES | {"pad_token_id": 0})
+    with pytest.raises(ValueError, match="max_length is 16, but the student's position table serves 15 tokens"):
         MiniLMv2Trainer.check_sizes(tokenizer(), MiniLMv2Config(encoder_config=roberta, num_relation_heads=6), 16)
 
 

@@ -133,7 +133,10 @@ class Tokenizer:
 
 def test_another_padding_token_is_refused():
     TupeTrainer.check_sizes(Tokenizer(0), config(), 16)
-    with pytest.raises(ValueError, match=r"TupeConfig.pad_token_id is 0 .* pads with 3.*set it to 3"):
+    with pytest.raises(ValueError, match=r"TupeConfig.pad_token_id is 0, .* pads with 3.*set it to 3"):
         TupeTrainer.check_sizes(Tokenizer(3), config(), 16)
+    body = {"model_type": "bestiary-tupe", **BODY, "pad_token_id": 1}
+    with pytest.raises(ValueError, match=r"ElectraJointConfig.pad_token_id is 1, .* pads with 0.*set it to 0"):
+        ElectraTrainer.check_sizes(Tokenizer(0), ElectraJointConfig(discriminator_config=body), 16)
     with pytest.raises(ValueError, match="max_position_embeddings=16"):
         TupeTrainer.check_sizes(Tokenizer(0), config(), 17)

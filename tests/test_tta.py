@@ -253,8 +253,9 @@ class TestTta(EncoderSuite):
 
     def test_other_masks_are_refused(self):
         model = self.build(self.base)
-        with pytest.raises(ValueError, match=r"attention_mask must be a tensor .*, got Tensor \[2, 4, 4\]"):
-            model(torch.ones(2, 4).long(), attention_mask=torch.ones(2, 4, 4))
+        for mask, kind in ((torch.ones(2, 4, 4), r"float32 \[2, 4, 4\]"), (torch.ones(2, 1, 4, 4).long(), "int64")):
+            with pytest.raises(ValueError, match=f"attention_mask must be a tensor .*, got torch.{kind}"):
+                model(torch.ones(2, 4).long(), attention_mask=mask)
 
     def test_token_types_are_ignored(self):
         model = self.build(self.base)

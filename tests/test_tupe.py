@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from suites.encoder_suite import EncoderSuite, at_real_tokens, gradients
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -390,7 +391,50 @@ def test_compiled_left_padding_is_refused():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_the_token_at_position_0_is_pooled(masked):
+    """Wherever it stands; with or without a mask, the words are the same set."""
+    model = build(tupe.TupeForSequenceClassification)
+    mask = {"attention_mask": torch.ones_like(IDS)} if masked else {}
+    moved = model(IDS.roll(3, 1), position_ids=PLACES.roll(3, 1), **mask).logits
+    assert_close(moved, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [-1, 5])
+def test_positions_out_of_range_are_refused(shift):
+    """Below 0 the table has numbers too, those of [CLS]."""
+    with pytest.raises(ValueError, match=rf"position_ids must be in \[0, 16\), got {shift} to {11 + shift}"):
+        build()(IDS, position_ids=PLACES + shift)
+
+
+def test_masks_of_integers_are_refused():
+    with pytest.raises(ValueError, match=r"TupeModel: attention_mask must be .*, got torch.int64 \[3, 1, 12, 12\]"):
+        build()(IDS, attention_mask=torch.ones(3, 1, 12, 12).long(), position_ids=PLACES)
+
+
 # ----------------------------------------------------------------------------------------------------- other settings
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_on_the_projections_of_positions(dtype):
+    """`target_modules=["query"]` means them too: they learn, can be switched, and merge into the same model."""
+    model = build(tupe.TupeForSequenceClassification).to(dtype)
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(target_modules=["query", "key"], init_lora_weights=False)).eval()
+    tuned(IDS).logits.float().square().sum().backward()
+    found = {name: value.grad for name, value in tuned.named_parameters() if ".positions." in name and "lora" in name}
+    assert len(found) == 4 and all(grad.any() for grad in found.values())
+    with torch.no_grad():
+        for rows in (PLACES, PLACES.expand(3, -1)):  # some rows, or the whole table
+            scores = model.tupe.positions(rows)
+            with tuned.disable_adapter():
+                assert (model.tupe.positions(rows) - scores).abs().max() > 0.1
+                assert torch.equal(model.tupe.positions.of_first(12), model.tupe.positions(PLACES))
+            assert torch.equal(model.tupe.positions.of_first(12), model.tupe.positions(PLACES))
+        expected = tuned(IDS).logits
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+        assert_close(tuned.merge_and_unload()(IDS).logits, expected, **tolerance)
 
 
 def test_dropout_of_attention_keeps_the_mean():

@@ -137,7 +137,13 @@ class PretrainingTrainer(BestiaryTrainer):
 
     @classmethod
     def check_sizes(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> None:
-        """`ValueError` if the data would not fit the model."""
+        """`ValueError` if the data would not fit the model, or pads with a token that it does not take for padding."""
+        pad = tokenizer.pad_token_id
+        if config.pad_token_id not in (None, pad):
+            raise ValueError(
+                f"{type(config).__name__}.pad_token_id is {config.pad_token_id}, but the tokenizer pads with {pad}, "
+                f"so that an ordinary token would not be learned; set it to {pad}."
+            )
         if max_length > config.max_position_embeddings:
             raise ValueError(
                 f"{cls.data_arguments.__name__}.max_length is {max_length}, but the model has max_position_embeddings="

@@ -7,10 +7,8 @@ Decisions where the official program and this package differ:
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import BestiaryTrainingArguments
 from .trainer_bert import BertPretrainingTrainer
@@ -46,14 +44,3 @@ class TupeTrainer(BertPretrainingTrainer):
         if self.args.decay_all_parameters:
             return [name for name, _ in model.named_parameters()]
         return super().get_decay_parameter_names(model)
-
-    @classmethod
-    def check_sizes(cls, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, max_length: int) -> None:
-        """`ValueError` if the data would not fit the model, or pads with another token."""
-        super().check_sizes(tokenizer, config, max_length)
-        pad: Any = tokenizer.pad_token_id
-        if config.pad_token_id not in (None, pad):
-            raise ValueError(
-                f"{type(config).__name__}.pad_token_id is {config.pad_token_id} (1 in the official dictionary), but "
-                f"the tokenizer pads with {pad}, so that an ordinary token would not be learned; set it to {pad}."
-            )

@@ -2,11 +2,16 @@
 
 The official checkpoint holds BERT, its adapters and the head; so must the other, a state dict of the whole model.
 `output_weights` or `classifier` gives `AdaptersForSequenceClassification`, `cls/squad/output_weights` or `qa_outputs`
-`AdaptersForQuestionAnswering`, no head `AdaptersModel`. The size of the adapters is taken from their tensors.
+`AdaptersForQuestionAnswering`, no head `AdaptersModel`. Size and locations of the adapters are taken from their
+tensors.
 
 `adapter_act` is the tanh GELU, `gelu_new`, if the configuration does not say otherwise; `hidden_act="gelu"` is the
 exact form here, although the official code computes the tanh form under that name too (at most 4.7e-4 apart): for its
 numbers to the last digit give `"gelu_new"`.
+
+Names do not tell AdapterHub's placements apart: they are read as those of the paper, behind the dropout and before the
+residual. Its `SeqBnConfig` (Pfeiffer et al., adapters behind the output alone and around the LayerNorm) has the names
+of an output-only checkpoint and is another model.
 """
 
 import re
@@ -36,6 +41,11 @@ TF_HEADS = {
     "qa_outputs.bias": "cls/squad/output_bias",
 }
 TF_PARTS = {"down.weight": "weights1", "down.bias": "biases1", "up.weight": "weights2", "up.bias": "biases2"}
+PLACES = {
+    "attention": r"[./]attention[./]output[./]adapters[./]",
+    "output": r"[./]layer[._]\d+[./]output[./]adapters[./]",
+}
+"""Where adapters are, in the names of both layouts, by our location."""
 HUB_PARTS = {"down": "adapter_down.0", "up": "adapter_up"}
 ADAPTER = re.compile(r"\.dropout\.adapter\.((down|up)\.(weight|bias))$")
 
@@ -74,6 +84,7 @@ def convert(state: State, config: Settings) -> adapters.AdaptersPreTrainedModel:
     model_class = next(
         (model for pattern, model in HEADS if any(re.search(pattern, name) for name in state)), adapters.AdaptersModel
     )
+    locations = [name for name, pattern in PLACES.items() if any(re.search(pattern, key) for key in state)]
     if official:
         state = {name: _as_ours(name, tensor) for name, tensor in state.items()}
         biases = [tensor.shape[-1] for name, tensor in state.items() if name.endswith("/adapters/biases1")]
@@ -87,7 +98,11 @@ def convert(state: State, config: Settings) -> adapters.AdaptersPreTrainedModel:
         biases = [tensor.shape[-1] for name, tensor in state.items() if name.endswith(".adapter_down.0.bias")]
         name_of = lambda key: hub_name(key, names[0])  # noqa: E731
     labels = next((len(state[name]) for name in ("output_bias", "classifier.bias") if name in state), 2)
-    settings = config if isinstance(config, AdaptersConfig) else _configuration(as_dict(config), found, biases, labels)
+    settings = (
+        config
+        if isinstance(config, AdaptersConfig)
+        else _configuration(as_dict(config), found, biases, locations, labels)
+    )
     model = model_class(settings)
     load_strictly(model, state, name_of, size_hints("bert", settings.encoder_config.to_dict(), found))
     return model.eval()
@@ -100,7 +115,7 @@ def _as_ours(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _configuration(
-    given: Mapping[str, Any], found: Mapping[str, int], biases: list[int], labels: int
+    given: Mapping[str, Any], found: Mapping[str, int], biases: list[int], locations: list[str], labels: int
 ) -> AdaptersConfig:
     if "num_attention_heads" not in given:
         raise ValueError(
@@ -115,6 +130,7 @@ def _configuration(
     return AdaptersConfig.from_encoder(
         BertConfig(**fields),
         adapter_act=act,
+        adapter_locations=locations,
         **({"adapter_size": biases[0]} if biases else {}),
         **({"adapter_init_std": given["adapter_init_std"]} if "adapter_init_std" in given else {}),
     )

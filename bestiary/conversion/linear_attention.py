@@ -29,6 +29,9 @@ NAMES = (
     (r"^encoder\.layer\.(\d+)\.output\.LayerNorm\.", r"layers.\1.norm2."),
 )
 
+OPTIONS = {"n_heads": "num_attention_heads", "activation": "hidden_act"}
+"""fast-transformers' names of options that tensors do not show, and ours."""
+
 
 def official_name(key: str) -> str:
     """fast-transformers' name of a parameter of ours; the embeddings, which it has not, keep our name."""
@@ -44,10 +47,11 @@ def convert(state: State, config: Settings = None) -> LinearAttentionModel:
     Args:
         state: tensors by fast-transformers' names.
         config: a `LinearAttentionConfig`, or a dictionary with `num_attention_heads`, which tensors do not show, and
-            any fields of ours. Sizes come from the tensors.
+            any fields of ours, or fast-transformers' `n_heads` and `activation`. Sizes come from the tensors.
 
     Raises:
-        ValueError: another paper's checkpoint, no `num_attention_heads`, or tensors missing, extra or mis-shaped.
+        ValueError: another paper's checkpoint, no `num_attention_heads`, another `attention_type` than "linear" or
+            "causal-linear", or tensors missing, extra or mis-shaped.
     """
     expect_layout("linear_attention", state, config)
     settings = config if isinstance(config, LinearAttentionConfig) else _configuration(as_dict(config), state)
@@ -58,21 +62,30 @@ def convert(state: State, config: Settings = None) -> LinearAttentionModel:
 
 
 def _configuration(given: Mapping[str, Any], state: State) -> LinearAttentionConfig:
+    given = {OPTIONS.get(name, name): value for name, value in given.items()}
+    kind = given.get("attention_type", "linear")
+    if kind not in ("linear", "causal-linear"):
+        raise ValueError(
+            f"linear_attention: attention_type {kind!r} is none that is built here (linear, causal-linear)."
+        )
     if "num_attention_heads" not in given:
         raise ValueError(
             "linear_attention: num_attention_heads is not given, and tensors do not show it; pass it in config."
         )
-    inner = [tensor for name, tensor in state.items() if name.endswith("linear1.weight")]
+    if "layers.0.linear1.weight" not in state:
+        raise ValueError("linear_attention: the checkpoint lacks layers.0.linear1.weight, which shows the sizes.")
+    inner = state["layers.0.linear1.weight"]
     layers = {int(match[1]) for name in state if (match := re.match(r"layers\.(\d+)\.", name))}
     found: dict[str, Any] = {
-        "hidden_size": inner[0].shape[1],
-        "intermediate_size": inner[0].shape[0],
+        "hidden_size": inner.shape[1],
+        "intermediate_size": inner.shape[0],
         "num_hidden_layers": max(layers) + 1,
         "vocab_size": 1,
         "type_vocab_size": 1,
         "pad_token_id": None,
         "embedding_layer_norm": False,
         "final_layer_norm": "norm.weight" in state,
+        "is_decoder": kind == "causal-linear",
     }
     names = set(LinearAttentionConfig.__dataclass_fields__)
     return LinearAttentionConfig(**found | {name: value for name, value in given.items() if name in names})

@@ -41,6 +41,8 @@ NAMES = (
 DUPLICATES = r"^performer\.proj_updater\."
 TYPES = "bert.embeddings.token_type_embeddings.weight"
 ROTARY = "layer_pos_emb.emb"
+OTHER_NETWORKS = ("no_projection", "local_attn_heads")
+"""Arguments of PerformerLM that change its function and leave no trace among the tensors."""
 
 
 def official_name(key: str) -> str:
@@ -58,12 +60,13 @@ def convert(state: State, config: Settings = None) -> PerformerForCausalLM | Per
     Args:
         state: tensors by PerformerLM's names.
         config: a `PerformerConfig`, or a dictionary with `num_attention_heads`, which tensors do not show, and any
-            fields of ours, or PerformerLM's `causal` and `generalized_attention`. Sizes come from the tensors; what is
-            not given is as in that code: its epsilons, its scaling, positions by what the checkpoint holds.
+            fields of ours, or PerformerLM's `heads`, `causal` and `generalized_attention`. Sizes come from the
+            tensors; what is not given is as in that code: its epsilons, its scaling, positions by what the checkpoint
+            holds.
 
     Raises:
-        ValueError: another paper's checkpoint, no `num_attention_heads`, a table of rotary angles that is not the
-            usual one, or tensors missing, extra or mis-shaped.
+        ValueError: another paper's checkpoint, no `num_attention_heads`, an argument of PerformerLM that makes another
+            network, a table of rotary angles that is not the usual one, or tensors missing, extra or mis-shaped.
     """
     expect_layout("performer", state, config)
     state = {name: tensor for name, tensor in state.items() if not re.match(DUPLICATES, name)}
@@ -90,23 +93,29 @@ def convert(state: State, config: Settings = None) -> PerformerForCausalLM | Per
 def _configuration(given: Mapping[str, Any], state: State) -> PerformerConfig:
     fields = dict(given)
     fields.pop("model_type", None)
-    if "num_attention_heads" not in fields:
+    for name in OTHER_NETWORKS:
+        if fields.get(name):
+            raise ValueError(f"performer: {name}={fields[name]!r} of PerformerLM is a network that is not built here.")
+    fields.setdefault("num_attention_heads", fields.pop("heads", None))
+    if fields["num_attention_heads"] is None:
         raise ValueError(
             "performer: num_attention_heads (PerformerLM's `heads`) is not given, and tensors do not show it; pass it "
             "in config."
         )
     causal = fields.pop("causal", fields.get("is_decoder", False))
     generalized = fields.pop("generalized_attention", False)
-    vocabulary, hidden = state["token_emb.weight"].shape
-    inner = [tensor for name, tensor in state.items() if name.endswith("fn.fn.w1.weight")]
+    needed = ("token_emb.weight", "pos_emb.emb", "performer.net.layers.0.1.fn.fn.w1.weight")
+    if missing := [name for name in needed if name not in state]:
+        raise ValueError(f"performer: the checkpoint lacks {', '.join(missing)}, which show the sizes.")
+    words, places, inner = (state[name] for name in needed)
     projections = [tensor for name, tensor in state.items() if name.endswith("projection_matrix")]
     layers = {int(match[1]) for name in state if (match := re.match(r"performer\.net\.layers\.(\d+)\.", name))}
     found: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": hidden,
+        "vocab_size": words.shape[0],
+        "hidden_size": words.shape[1],
         "num_hidden_layers": max(layers) + 1,
-        "intermediate_size": inner[0].shape[0],
-        "max_position_embeddings": state["pos_emb.emb"].shape[0],
+        "intermediate_size": inner.shape[0],
+        "max_position_embeddings": places.shape[0],
         "type_vocab_size": 1,
         "pad_token_id": None,
         "layer_norm_eps": 1e-5,

@@ -5,8 +5,9 @@ follows what it holds: both heads give `RealformerForPreTraining`, the masked-LM
 neither `RealformerModel`.
 
 The official code computes the tanh form of the GELU whatever the configuration calls it: `"gelu"` beside TensorFlow's
-names becomes `"gelu_new"`. It takes the mean of the scores by a switch of the program, `use_running_mean`; put that
-key into the configuration of the xlarge checkpoint.
+names becomes `"gelu_new"`. It takes the mean of the scores by a switch of the program, `use_running_mean`, that is in
+no file: a checkpoint of the xlarge size was trained with it and gets it, others do not. The key in the configuration
+overrides that.
 """
 
 import re
@@ -71,5 +72,8 @@ def _configuration(config: Settings, found: Mapping[str, int], official: bool) -
         )
     if official and given.get("hidden_act") == "gelu":
         given["hidden_act"] = "gelu_new"
+    xlarge = {name: size for name, size in RealformerConfig.SIZES["xlarge"].items() if name != "use_running_mean"}
+    if official and all(given.get(name) == size for name, size in xlarge.items()):
+        given.setdefault("use_running_mean", True)
     known = {field.name for field in fields(RealformerConfig)} - {"model_type", "transformers_version"}
     return RealformerConfig(**{name: value for name, value in given.items() if name in known})

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 
-from .wrapping import layer_list
+from .wrapping import is_loaded, layer_list
 
 
 SITES = {
@@ -109,13 +109,10 @@ def fresh_modules(model: PreTrainedModel) -> list[str]:
 
     They hold random numbers, so that an adapter without them would be loaded onto other ones.
     """
-    loaded = {  # transformers marks what it read
-        name: [getattr(value, "_is_hf_initialized", False) for value in part.parameters()]
-        for name, part in model.base_model.named_children()
-    }
-    if not any(map(any, loaded.values())):
+    if not is_loaded(model.base_model):
         return []
-    return [name for name, marks in loaded.items() if marks and not any(marks)]
+    parts = model.base_model.named_children()
+    return [name for name, part in parts if next(part.parameters(), None) is not None and not is_loaded(part)]
 
 
 def is_layer_norm(module: nn.Module) -> bool:

@@ -240,10 +240,11 @@ class EncoderModel(EncoderPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Encode `input_ids` (B, T) or `inputs_embeds` (B, T, E).
 
-        `attention_mask` is (B, T) with 1 at real tokens, or a mask (B, 1, T, T) in the form of the attention backend.
+        `attention_mask` is (B, T) with 1 at real tokens, or a mask (B, 1, T, T), boolean (true = attend) or additive.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, or a sequence longer than the position table.
+            ValueError: both or none of `input_ids` and `inputs_embeds`, a sequence longer than the position table, or
+                a mask of another shape or type.
         """
         self.check_inputs(input_ids, inputs_embeds, position_ids)
         batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -259,9 +260,7 @@ class EncoderModel(EncoderPreTrainedModel):
             hidden_states = self.embeddings_project(hidden_states)  # (B, T, D)
         if packing is not None:
             attention_mask = packing.attention_mask()  # (R, 1, L, L)
-            if self.config._attn_implementation == "eager":
-                smallest = torch.finfo(hidden_states.dtype).min
-                attention_mask = torch.where(attention_mask, 0.0, smallest).to(hidden_states.dtype)
+        attention_mask = self.pair_mask(attention_mask, hidden_states.dtype)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
         mask, arguments = self.attention_inputs(hidden_states, mask, position_ids)
         hidden_states = self.encoder(hidden_states, mask, **arguments, **kwargs)
@@ -269,6 +268,26 @@ class EncoderModel(EncoderPreTrainedModel):
             hidden_states = packing.unpack(hidden_states)
         pooled = None if self.pooler is None else self.pooler(hidden_states)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def pair_mask(self, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """A mask for pairs of tokens, (B, 1 or H, T, T), as the attention backend wants it; others as they are.
+
+        Raises:
+            ValueError: a tensor that is neither (B, T) nor such a mask, or integers for pairs, which would be added to
+                the scores.
+        """
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() == 2:
+            return attention_mask
+        boolean = attention_mask.dtype == torch.bool
+        if attention_mask.dim() != 4 or not (boolean or attention_mask.is_floating_point()):
+            raise ValueError(
+                f"{type(self).__name__}: attention_mask must be (batch, length), or (batch, 1 or heads, length, "
+                f"length) boolean or additive, got {attention_mask.dtype} {list(attention_mask.shape)}; "
+                "make 0 and 1 boolean."
+            )
+        if not boolean or self.config._attn_implementation != "eager":
+            return attention_mask
+        return torch.where(attention_mask, 0.0, torch.finfo(dtype).min).to(dtype)  # eager adds it
 
     def plan_unpadding(self, attention_mask: torch.Tensor | None, recording: dict) -> PackedRows | None:
         """The packed rows of a batch that is to be run on its real tokens only, else None. `recording` are the

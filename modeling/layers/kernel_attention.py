@@ -12,8 +12,10 @@ explicit (T, T) form, the reference of both, and the only one that returns atten
 denominators are in float32 (float64 for float64 inputs), under autocast too.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -22,6 +24,28 @@ from .attention import EncoderSelfAttention
 
 CHUNK = 64
 """Best chunk length on CPU for heads of width 64; 256 is 1.6 to 1.9 times slower."""
+
+
+LARGEST_EXPONENT = 30.0
+"""Of bounded exponentials: float32 holds their sums, products and gradients."""
+
+
+def bounded_exp(exponent: torch.Tensor) -> torch.Tensor:
+    """exp of numbers cut at +-30."""
+    return exponent.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp()
+
+
+FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "relu": F.relu,
+    "elu": lambda x: F.elu(x) + 1,
+    "exp": bounded_exp,
+    "sigmoid": torch.sigmoid,
+    "square": torch.square,
+    "abs": torch.abs,
+    "gelu": F.gelu,
+    "identity": lambda x: x,
+}
+"""Features that are one function of each number. "gelu" and "identity" may be negative, and denominators vanish."""
 
 
 def runs_eagerly_on_cpu(tensor: torch.Tensor) -> bool:
@@ -87,7 +111,7 @@ def causal_product_by_chunks(
     length = query.shape[2]
     surplus = -length % chunk_size
     query, key, value = (
-        nn.functional.pad(part, (0, 0, 0, surplus)).unflatten(2, (-1, chunk_size)) for part in (query, key, value)
+        F.pad(part, (0, 0, 0, surplus)).unflatten(2, (-1, chunk_size)) for part in (query, key, value)
     )  # (B, H, N, C, ...)
     inside = (query @ key.mT).tril() @ value
     sums = torch.cat((state.unsqueeze(2), key.mT @ value), 2).cumsum(2)  # (B, H, N + 1, m, e): S before each chunk
@@ -220,8 +244,8 @@ class KernelCache(Cache):
 class KernelSelfAttention(EncoderSelfAttention):
     """Self-attention whose similarity is a product of features.
 
-    A paper overrides `features`, and `normalise` if its denominator is not the plain sum. Dropout of probabilities
-    has no meaning where there are none, and is not done.
+    A paper overrides `features`, `normalise` if its denominator is not the plain sum, and `bidirectional` and `causal`
+    if it need not keep the features. Dropout of probabilities has no meaning where there are none, and is not done.
     """
 
     has_denominator = True
@@ -249,9 +273,9 @@ class KernelSelfAttention(EncoderSelfAttention):
         values, total = sums[..., :-1], sums[..., -1:] + self.denominator_eps
         return values / total.masked_fill(total == 0, 1.0)
 
-    def initial_state(self, features: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
-        """State (B, H, m, e) before the first token; None is zero."""
-        return None
+    def initial_state(self, value: torch.Tensor, width: int) -> torch.Tensor:
+        """State (B, H, m, e) before the first token, for values (B, H, T, e) and m features."""
+        return value.new_zeros(*value.shape[:2], width, value.shape[-1])
 
     def bidirectional(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
@@ -260,17 +284,29 @@ class KernelSelfAttention(EncoderSelfAttention):
         query, key = self.features(query, key, key_mask, None)
         return query @ (key.mT @ value)
 
+    def causal(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_mask: torch.Tensor | None,
+        state: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same over j <= i, and the new state; `state` (B, H, m, e) of earlier tokens, None if there are none."""
+        query, key = self.features(query, key, key_mask, state)
+        state = self.initial_state(value, key.shape[-1]) if state is None else state
+        return causal_product(query, key, value, self.config.chunk_size, state)
+
     def weighted(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same and the causal sums through the (T, T) matrix, which is returned too."""
+        """Either sums through the (T, T) matrix, which is returned too."""
         query, key = self.features(query, key, key_mask, None)
         similarity = query @ key.mT  # (B, H, T, T)
-        if self.is_causal:
-            similarity = similarity.tril()
-        sums = similarity @ value
-        start = self.initial_state(key, value) if self.is_causal else None
-        return sums if start is None else sums + query @ start, similarity
+        if not self.is_causal:
+            return similarity @ value, similarity
+        similarity = similarity.tril()
+        return similarity @ value + query @ self.initial_state(value, key.shape[-1]), similarity
 
     def forward(
         self,
@@ -301,16 +337,12 @@ class KernelSelfAttention(EncoderSelfAttention):
             similarity = None
             if past_key_values is not None:
                 layer = past_key_values.layers[self.layer_idx]
-                query, key = self.features(query, key, mask, layer.state)
-                start = self.initial_state(key, padded) if layer.state is None else layer.state
-                sums, state = causal_product(query, key, padded, self.config.chunk_size, start)
+                sums, state = self.causal(query, key, padded, mask, layer.state)
                 layer.advance(state, hidden_states.shape[1])
             elif self.config._attn_implementation == "eager":
                 sums, similarity = self.weighted(query, key, padded, mask)
             elif self.is_causal:
-                query, key = self.features(query, key, mask, None)
-                start = self.initial_state(key, padded)
-                sums, _ = causal_product(query, key, padded, self.config.chunk_size, start)
+                sums, _ = self.causal(query, key, padded, mask, None)
             else:
                 sums = self.bidirectional(query, key, padded, mask)
             context = self.normalise(sums) if self.has_denominator else sums

@@ -57,13 +57,16 @@ class KernelPreTrainedModel(EncoderPreTrainedModel):
         if self.config.position_embedding_type == "rotary":
             position_ids = torch.zeros((), dtype=torch.long) if position_ids is None else position_ids
         elif position_ids is not None and runs_eagerly_on_cpu(position_ids) and position_ids.numel():
-            last = int(position_ids.max())
-            if last >= self.config.max_position_embeddings:
-                raise ValueError(
-                    f"{type(self).__name__} got position {last}, but config.max_position_embeddings is "
-                    f"{self.config.max_position_embeddings}; generate fewer tokens, or use rotary positions."
-                )
+            self.check_position(int(position_ids.max()))
         super().check_inputs(input_ids, inputs_embeds, position_ids)
+
+    def check_position(self, last: int) -> None:
+        """`ValueError` if the largest position is beyond the table."""
+        if self.config.position_embedding_type != "rotary" and last >= self.config.max_position_embeddings:
+            raise ValueError(
+                f"{type(self).__name__} got position {last}, but config.max_position_embeddings is "
+                f"{self.config.max_position_embeddings}; generate fewer tokens, or use rotary positions."
+            )
 
 
 class KernelEncoderModel(EncoderModel):
@@ -86,17 +89,12 @@ class KernelEncoderModel(EncoderModel):
         closed = self.config.layer_norm_position == "pre" or self.config.final_layer_norm
         return PreNormEncoder if closed else Encoder
 
-    def new_cache(self) -> KernelCache:
-        """An empty cache for decoding with this model.
-
-        Raises:
-            ValueError: the model is no decoder, or cannot decode token by token.
-        """
+    def check_decoding(self) -> None:
+        """`ValueError` unless the model can go on from a state."""
         if not self.config.is_decoder:
             raise ValueError(
                 f"{type(self).__name__}: a cache needs config.is_decoder=True; here every token sees every other."
             )
-        return KernelCache(self.config.num_hidden_layers)
 
     def rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine, (B, 1, T, d / 2), of positions (B, T) times 10000^(-2i / d)."""
@@ -124,28 +122,38 @@ class KernelEncoderModel(EncoderModel):
         decoder reads the last real token, which alone has seen them all.
 
         Raises:
-            ValueError: both or none of `input_ids` and `inputs_embeds`, a sequence longer than the position table, a
-                mask per query and key, or a cache for a model that cannot use it.
+            ValueError: both or none of `input_ids` and `inputs_embeds`; a token beyond the position table; a mask of
+                another shape, or several sequences in a row; a cache for a model that cannot use it, or attention
+                weights beside a cache.
         """
         self.check_inputs(input_ids, inputs_embeds, position_ids)
         first = input_ids if inputs_embeds is None else inputs_embeds
-        length = first.shape[1]
+        batch, length = first.shape[:2]
+        if use_cache or past_key_values is not None:
+            self.check_decoding()
+            if kwargs.get("output_attentions", self.config.output_attentions):
+                raise ValueError(
+                    f"{type(self).__name__}: a state keeps no keys, so there are no attention weights beside it; give "
+                    "use_cache=False with output_attentions=True."
+                )
         if past_key_values is None:
-            past_key_values = self.new_cache() if use_cache else None
+            past_key_values = KernelCache(self.config.num_hidden_layers) if use_cache else None
         elif not isinstance(past_key_values, KernelCache) or len(past_key_values) != self.config.num_hidden_layers:
             raise ValueError(
                 f"{type(self).__name__} decodes with a KernelCache of {self.config.num_hidden_layers} layers, got a "
                 f"{type(past_key_values).__name__}; leave past_key_values out to start with a new one."
             )
+        self.refuse_packed_rows(attention_mask, position_ids, kwargs)
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        mask = self.key_mask(attention_mask, batch, length, seen)
         if position_ids is None:
-            start = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = torch.arange(start, start + length, device=first.device).unsqueeze(0)
+            self.check_position(seen + length - 1)
+            position_ids = torch.arange(seen, seen + length, device=first.device).unsqueeze(0)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)  # (B, T, E)
         if self.config.embedding_size != self.config.hidden_size:
             hidden_states = self.embeddings_project(hidden_states)  # (B, T, D)
         if "rotary" in self.config.position_embedding_type:
             kwargs["rotary"] = self.rotary(position_ids)
-        mask = self.key_mask(attention_mask, length)
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         hidden_states = self.encoder(hidden_states, mask, **kwargs)
@@ -156,14 +164,30 @@ class KernelEncoderModel(EncoderModel):
             last_hidden_state=hidden_states, pooler_output=pooled, past_key_values=past_key_values
         )
 
-    def key_mask(self, attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-        """(B, 1, T, 1), True at tokens, of the last T entries of a mask (B, >= T); None if there is no padding."""
+    def refuse_packed_rows(
+        self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, others: dict
+    ) -> None:
+        """`ValueError` if rows hold several sequences: lengths of such are given, or positions (B, T) start again and
+        no mask says that this is padding (looked at on CPU, outside torch.compile).
+        """
+        packed = others.get("cu_seq_lens_q") is not None or others.get("seq_idx") is not None
+        if attention_mask is None and position_ids is not None and runs_eagerly_on_cpu(position_ids):
+            packed |= bool(((position_ids[..., 1:] == 0) & (position_ids[..., :-1] > 0)).any())
+        if packed:
+            raise ValueError(
+                f"{type(self).__name__}: a row holds several sequences, which sums over the row cannot keep apart; "
+                "give every sequence a row of its own, padded, with an attention_mask."
+            )
+
+    def key_mask(self, attention_mask: torch.Tensor | None, batch: int, length: int, seen: int) -> torch.Tensor | None:
+        """(B, 1, T, 1), True at tokens, of a mask (B, T) or (B, seen + T); None if there is no padding."""
         if attention_mask is None:
             return None
-        if attention_mask.dim() != 2:
+        if attention_mask.shape not in ((batch, length), (batch, seen + length)):
             raise ValueError(
-                f"{type(self).__name__}: attention_mask must have the shape (batch, length), got "
-                f"{tuple(attention_mask.shape)}; linear attention cannot keep single pairs of tokens apart."
+                f"{type(self).__name__}: attention_mask must have the shape (batch, length), here "
+                f"{(batch, seen + length)}, got {tuple(attention_mask.shape)}; linear attention cannot keep single "
+                "pairs of tokens apart."
             )
         mask = attention_mask[:, -length:].bool()
         if runs_eagerly_on_cpu(mask) and mask.all():

@@ -3,32 +3,20 @@
     exp(q . k / sqrt(d)) = E_w[phi(q) . phi(k)],  phi(x) = m^(-1/2) exp(W c x - |c x|^2 / 2),  c = d^(-1/4)
 
 W (m, d) has normal rows, orthogonal within blocks of d. The plain path, `positive_features`, forms phi (B, H, T, m);
-the fast path on CPU, `positive_attention`, never does: it forms a block of about a megabyte, uses it while it is in
-cache and forms it again in backward, which takes less time than fetching it and memory in O(T d), not O(T m).
+the fast paths on CPU, `positive_attention` and `causal_positive_attention`, never do: they form a block, use it while
+it is in cache and form it again in backward. That takes no more time than fetching it, and memory in O(T d).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
 BLOCK = 2**18
 """Feature values held at a time: 1 MB in float32."""
-
-FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "relu": F.relu,
-    "elu": lambda x: F.elu(x) + 1,
-    "exp": torch.exp,
-    "sigmoid": torch.sigmoid,
-    "abs": torch.abs,
-    "gelu": F.gelu,
-    "identity": lambda x: x,
-}
-"""f of the generalised features f(W x). "gelu" and "identity" are not positive, so their denominators may vanish."""
 
 
 def projection_generator(seed: int, draw: int, layer: int) -> torch.Generator:
@@ -124,7 +112,8 @@ def trigonometric_features(
     if maximum == "row":
         size = torch.zeros_like(size)  # a factor of each query cancels
     elif maximum == "sequence":
-        size = size - size.detach().amax(-2, keepdim=True)
+        top = size.detach().amax(-2, keepdim=True)
+        size = size - top.clamp(min=torch.finfo(top.dtype).min)  # -inf where a row has no token
     both = torch.cat((projected.cos(), projected.sin()), -1)
     return both * size.exp() * projection.shape[0] ** -0.5
 
@@ -160,6 +149,15 @@ def _blocks(heads: int, length: int, width: int) -> Iterator[tuple[slice, slice]
     for first in range(0, heads, group):
         for start in range(0, length, rows):
             yield slice(first, min(first + group, heads)), slice(start, min(start + rows, length))
+
+
+def _d_states(
+    block: torch.Tensor, d_features: torch.Tensor, states: torch.Tensor, back: torch.Tensor, half: float
+) -> torch.Tensor:
+    """Gradient of x with features E, in `block`, from that of E; `back` is c W for each head. Overwrites `block`."""
+    block.mul_(d_features)
+    total = block.sum(-1, keepdim=True)
+    return torch.bmm(block, back[: len(block)]).addcmul_(states, total, value=-2 * half)
 
 
 class _PositiveAttention(torch.autograd.Function):
@@ -215,21 +213,98 @@ class _PositiveAttention(torch.autograd.Function):
         d_query, d_key, d_value = map(torch.empty_like, (query, key, value))
         d_state = grad.sum(1, keepdim=True).mul_(ctx.epsilon).expand_as(state).contiguous()
 
-        def d_states(block: torch.Tensor, states: torch.Tensor, outer: torch.Tensor, inner: torch.Tensor):
-            """Gradient of x with features E, in `block`, when that of E is outer @ inner^T. Overwrites `block`."""
-            block.mul_(torch.bmm(outer, inner.mT))
-            total = block.sum(-1, keepdim=True)
-            return torch.bmm(block, back[: len(block)]).addcmul_(states, total, value=-2 * ctx.half)
-
         for group, rows in _blocks(heads, length, width):
             q, g = query[group, rows], grad[group, rows]
             block = torch.bmm(q, into[group]).sub_(query_offset[group, rows]).exp_()
             d_state[group].baddbmm_(block.mT, g)
-            d_query[group, rows] = d_states(block, q, g, state[group])
+            d_query[group, rows] = _d_states(block, torch.bmm(g, state[group].mT), q, back, ctx.half)
         for group, rows in _blocks(heads, length, width):
             k, v = key[group, rows], value[group, rows]
             block = torch.bmm(k, into[group]).sub_(key_offset[group, rows]).exp_()
             d_value[group, rows] = torch.bmm(block, d_state[group])
-            d_key[group, rows] = d_states(block, k, v, d_state[group])
+            d_key[group, rows] = _d_states(block, torch.bmm(v, d_state[group].mT), k, back, ctx.half)
         d_value += d_state.sum(1, keepdim=True).mul_(ctx.epsilon)
         return d_query, d_key, d_value, None, None, None, None, None
+
+
+def causal_positive_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    projection: torch.Tensor,
+    scale: float,
+    epsilon: float,
+    chunk_size: int,
+    state: torch.Tensor,
+    key_mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """phi(q_i) . (S + sum_{j <= i} phi(k_j) v_j^T), (B, H, T, e), and the sum over all j: `causal_product` of
+    `positive_features` that are never all in memory.
+
+    Arguments as in `positive_attention`, where queries subtract the maximum of their row and keys nothing; state S
+    (B, H, m, e) of earlier tokens, through which no gradient flows.
+    """
+    heads = query.shape[:2]
+    mask = None if key_mask is None else key_mask.expand(*heads, -1, 1).flatten(0, 1)
+    flat = (part.flatten(0, 1) for part in (query, key, value, state.detach()))
+    results = _CausalPositiveAttention.apply(*flat, projection * scale, mask, scale * scale / 2, epsilon, chunk_size)
+    out, state = (part.unflatten(0, heads) for part in results)
+    return out, state
+
+
+class _CausalPositiveAttention(torch.autograd.Function):
+    """`causal_positive_attention` chunk after chunk, on G heads as in `_PositiveAttention`. Backward runs through the
+    chunks forwards for the queries and backwards for keys and values, as in `causal_product`.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, state, weight, mask, half, epsilon, chunk_size):
+        epsilon = epsilon * len(weight) ** -0.5
+        into = weight.T.expand(len(query), -1, -1)  # (G, d, m)
+        query_offset, key_offset = (
+            part.square().sum(-1, keepdim=True).mul_(half).add_(0.5 * math.log(len(weight))) for part in (query, key)
+        )  # (G, T, 1)
+        if mask is not None:
+            key_offset.masked_fill_(~mask, torch.inf)
+        out = torch.empty_like(value)
+        initial, state = state, state.clone(memory_format=torch.contiguous_format)
+        chunks = [slice(start, start + chunk_size) for start in range(0, query.shape[1], chunk_size)]
+        for at in chunks:
+            q, v = torch.bmm(query[:, at], into), value[:, at]
+            query_offset[:, at] += q.amax(-1, keepdim=True)
+            q.sub_(query_offset[:, at]).exp_().add_(epsilon)
+            k = torch.bmm(key[:, at], into).sub_(key_offset[:, at]).exp_().add_(epsilon)
+            out[:, at] = torch.bmm(torch.bmm(q, k.mT).tril_(), v).baddbmm_(q, state)
+            state.baddbmm_(k.mT, v)
+        ctx.save_for_backward(query, key, value, initial, weight, query_offset, key_offset)
+        ctx.half, ctx.epsilon, ctx.chunks = half, epsilon, chunks
+        ctx.mark_non_differentiable(state)
+        return out, state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        query, key, value, state, weight, query_offset, key_offset = ctx.saved_tensors
+        into, back = weight.T.expand(len(query), -1, -1), weight.expand(len(query), -1, -1)
+        d_query, d_key, d_value = map(torch.empty_like, (query, key, value))
+        state = state.clone(memory_format=torch.contiguous_format)
+
+        def exponentials(states: torch.Tensor, offset: torch.Tensor, at: slice) -> torch.Tensor:
+            return torch.bmm(states[:, at], into).sub_(offset[:, at]).exp_()
+
+        for at in ctx.chunks:
+            v, g = value[:, at], grad[:, at]
+            block, k = exponentials(query, query_offset, at), exponentials(key, key_offset, at).add_(ctx.epsilon)
+            d_features = torch.bmm(torch.bmm(g, v.mT).tril_(), k).baddbmm_(g, state.mT)
+            d_query[:, at] = _d_states(block, d_features, query[:, at], back, ctx.half)
+            state.baddbmm_(k.mT, v)
+        state.zero_()  # from here on sum_{j > chunk} phi(q_j) grad_j^T
+        for at in reversed(ctx.chunks):
+            v, g = value[:, at], grad[:, at]
+            q, block = exponentials(query, query_offset, at).add_(ctx.epsilon), exponentials(key, key_offset, at)
+            k = block + ctx.epsilon
+            d_value[:, at] = torch.bmm(torch.bmm(q, k.mT).tril_().mT, g).baddbmm_(k, state)
+            d_features = torch.bmm(torch.bmm(g, v.mT).tril_().mT, q).baddbmm_(v, state.mT)
+            d_key[:, at] = _d_states(block, d_features, key[:, at], back, ctx.half)
+            state.baddbmm_(q.mT, g)
+        return d_query, d_key, d_value, None, None, None, None, None, None

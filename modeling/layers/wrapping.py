@@ -86,6 +86,23 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
         self.add_method()
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, for checkpoints of this method and plain ones with a head.
+
+        Raises:
+            ValueError: a checkpoint without the encoder, or with its names outside a task's model.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not is_loaded(model.wrapped.base_model):
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: the checkpoint {model.name_or_path!r} has no weight of a "
+                f"{type(model.wrapped.base_model).__name__} under the names that this class saves; a plain encoder is "
+                f"wrapped by {cls.__name__}.from_encoder(...)."
+            )
+        return loaded
+
     def add_method(self) -> None:
         """Add the method's modules and hooks; `self.wrapped` is there. Fresh parameters are initialised afterwards."""
 
@@ -243,6 +260,11 @@ class WrapperPreTrainedModel(BestiaryPreTrainedModel):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.wrapped.resize_token_embeddings(*args, **kwargs)
+
+
+def is_loaded(module: nn.Module) -> bool:
+    """Whether any parameter of a module was read from a checkpoint, which transformers marks."""
+    return any(getattr(value, "_is_hf_initialized", False) for value in module.parameters())
 
 
 def layer_list(model: PreTrainedModel) -> nn.ModuleList:

@@ -118,8 +118,29 @@ class CausalSuite:
         ids = self.prompt()["input_ids"]
         with pytest.raises(ValueError, match=r"decodes with a KernelCache of 2 layers, got a KernelCache"):
             model(ids, past_key_values=KernelCache(3))
-        with pytest.raises(ValueError, match=r"a cache needs config.is_decoder=True"):
-            self.build(self.base)(ids, use_cache=True)
+        encoder = self.build(self.base)
+        for given in ({"use_cache": True}, {"past_key_values": KernelCache(2)}):
+            with pytest.raises(ValueError, match=r"a cache needs config.is_decoder=True"):
+                encoder(ids, **given)
+
+    def test_no_attention_weights_beside_a_state(self):
+        """Steps of one token have no keys of earlier ones; without a state every step has all."""
+        model = self.decoder()
+        self.switch(model, "eager")
+        options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+        options |= {"output_attentions": True, "return_dict_in_generate": True}
+        with pytest.raises(ValueError, match=r"give use_cache=False with output_attentions=True"):
+            model.generate(**self.prompt(), **options)
+        found = model.generate(**self.prompt(), **options, use_cache=False).attentions
+        assert [[weights.shape[-1] for weights in step] for step in found] == [[7, 7], [8, 8]]
+
+    def test_a_state_at_the_end_of_the_positions(self):
+        model = self.decoder()
+        ids = self.prompt(length=self.config.max_position_embeddings)["input_ids"]
+        state = model(ids[:, :-1], use_cache=True).past_key_values
+        state = model(ids[:, -1:], past_key_values=state).past_key_values
+        with pytest.raises(ValueError, match=rf"got position {ids.shape[1]}, but config.max_position_embeddings is"):
+            model(ids[:, :1], past_key_values=state)
 
     # ------------------------------------------------------------------------------------------------------ generation
 
@@ -280,13 +301,24 @@ class CausalSuite:
         plain = self.build(self.pretraining_class, self.make_config(is_decoder=causal))
         assert (plain(ids).logits - model(ids).logits).abs().max() > 1e-3
 
-    def test_a_mask_for_pairs_is_refused(self):
+    def test_a_mask_of_another_shape_is_refused(self):
         model = self.build(self.base)
         ids = self.prompt()["input_ids"]
-        with pytest.raises(
-            ValueError, match=r"attention_mask must have the shape \(batch, length\), got \(3, 1, 7, 7\)"
-        ):
-            model(ids, attention_mask=torch.ones(3, 1, 7, 7))
+        for shape in ((3, 1, 7, 7), (3, 1), (3, 6), (3, 9), (1, 7)):  # (3, 1) would be broadcast, (3, 9) cut
+            with pytest.raises(ValueError, match=r"must have the shape \(batch, length\), here \(3, 7\), got"):
+                model(ids, attention_mask=torch.ones(shape))
+
+    @pytest.mark.parametrize("causal", [False, True])
+    def test_packed_rows_are_refused(self, causal):
+        model = self.build(self.base, self.make_config(is_decoder=causal))
+        ids = self.prompt()["input_ids"]
+        positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(3, -1)
+        for given in ({"position_ids": positions}, {"cu_seq_lens_q": torch.tensor([0, 3, 7])}):
+            with pytest.raises(ValueError, match="a row holds several sequences"):
+                model(ids, **given)
+        mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0]]).expand(3, -1)
+        model(ids, attention_mask=mask, position_ids=positions * mask)
+        model(ids, position_ids=torch.zeros_like(positions))
 
     def test_causal_pretraining_compiles_into_one_graph(self):
         model = self.build(self.causal_class, self.make_config(is_decoder=True, num_hidden_layers=1))

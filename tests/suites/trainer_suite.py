@@ -6,6 +6,7 @@ this file as a module (see `main`): two processes by torchrun for the split of a
 """
 
 import errno
+import faulthandler
 import importlib
 import inspect
 import math
@@ -30,6 +31,7 @@ from bestiary.trainers.base import BestiaryTrainer, KeyedCollator, is_complete, 
 
 
 TESTS = Path(__file__).parents[1]
+PROCESS_SECONDS = 240.0  # of a task in other processes; they take 20 on a quiet machine
 Row = dict[str, Any]
 
 ROWS = 20  # in batches of 8: 8, 8 and 4, then the next epoch
@@ -313,9 +315,14 @@ class ObjectiveSuite:
 
 
 class TrainerSuite(ObjectiveSuite):
-    """Mixin for a paper's trainer: the objective, and what needs other processes, checkpoints, workers and a card."""
+    """Mixin for a paper's trainer: the objective, and what needs other processes, checkpoints, workers and a card.
 
-    def start(self, task: str, folder: Path, processes: int = 1, timeout: float = 240) -> tuple[int, str]:
+    Tests marked `shared_trainer` are of `BestiaryTrainer` alone: fast for one paper that stands for all, slow else.
+    """
+
+    stands_for_all: ClassVar[bool] = False
+
+    def start(self, task: str, folder: Path, processes: int = 1, timeout: float = PROCESS_SECONDS) -> tuple[int, str]:
         """Run the method `task` of this class in other processes; returns the exit code and what they printed."""
         source = Path(inspect.getfile(type(self)))
         launcher = [
@@ -424,6 +431,7 @@ class TrainerSuite(ObjectiveSuite):
         assert differences(outcome(trainer), uninterrupted[1]) == []
         assert all(is_complete(path) for path in folder.glob("checkpoint-*"))
 
+    @pytest.mark.shared_trainer
     def test_killed_and_resumed(self, uninterrupted, tmp_path):
         self.check_killed("run_killed_in_a_step", 6, uninterrupted, tmp_path)
 
@@ -442,6 +450,7 @@ class TrainerSuite(ObjectiveSuite):
             half_written(where, "checkpoint-6", lambda: os.kill(os.getpid(), signal.SIGKILL))
         trainer.train()
 
+    @pytest.mark.shared_trainer
     def test_an_incomplete_checkpoint_is_skipped_or_refused(self, uninterrupted, tmp_path):
         for step in (3, 4, 6):
             name = f"checkpoint-{step}"
@@ -458,6 +467,7 @@ class TrainerSuite(ObjectiveSuite):
         assert trainer._initial_global_step == 3 and trainer.state.global_step == 4
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
+    @pytest.mark.shared_trainer
     @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
     def test_a_full_disk_leaves_the_older_checkpoint(self, file, tmp_path, monkeypatch):
         def fail() -> None:
@@ -545,7 +555,8 @@ def half_written(
 
 
 def main(module: str, suite: str, task: str, folder: str) -> None:
-    """Run a task of a suite's subclass in a process of its own."""
+    """Run a task of a suite's subclass in a process of its own, which says where it stands before its time is up."""
+    faulthandler.dump_traceback_later(PROCESS_SECONDS - 30, exit=True)
     tests = getattr(importlib.import_module(module), suite)()
     if task.startswith("run_killed_in_"):
         tests.run_killed(Path(folder), task.removeprefix("run_killed_in_"))

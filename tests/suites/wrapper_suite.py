@@ -314,6 +314,14 @@ class WrapperSuite:
                 assert_close(model.to_base().state_dict(), state, rtol=0, atol=0)
         assert config.encoder_config is not model.config.encoder_config, "the given configuration was taken over"
 
+    def test_a_plain_encoder_is_not_loaded_by_its_bare_names(self, model_class, tmp_path):
+        """The names of a model without a head fit nothing, and all would be random."""
+        encoder = self.build(model_class).wrapped.base_model
+        encoder.save_pretrained(tmp_path)
+        config = self.paper().config.from_encoder(encoder.config, **copy.deepcopy(self.settings))
+        with pytest.raises(ValueError, match=rf"no weight of a \w+ under .*{model_class.__name__}.from_encoder"):
+            model_class.from_pretrained(tmp_path, config=config)
+
     def test_save_and_load(self, model_class, encoder, tmp_path):
         """Through the auto class, into memory that holds NaN."""
         model = self.build(model_class, encoder)
