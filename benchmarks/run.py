@@ -43,6 +43,8 @@ def table(folder: Path = RESULTS) -> str:
     ]
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
+        if "row" not in record:  # what a script of its own measured
+            continue
         for metric, results in record["metrics"].items():
             peer = results[PEER]
             for variant, result in results.items():

@@ -4,18 +4,19 @@ BLEU and chrF come from sacrebleu, ROUGE from rouge-score (`pip install "bestiar
 distance are here. Texts are compared without white space at their ends.
 """
 
+import copy
 import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Scores = dict[str, float]
 
@@ -63,7 +64,10 @@ def chrf_scores(predictions: Sequence[str], references: Sequence[str]) -> Scores
 
 
 def rouge_scores(predictions: Sequence[str], references: Sequence[str]) -> Scores:
-    """Mean F1 of ROUGE-1, -2, -L and -Lsum (a line is a sentence) with stemming, 0 to 1."""
+    """Mean F1 of ROUGE-1, -2, -L and -Lsum (a line is a sentence) with stemming, 0 to 1.
+
+    rouge-score sees words of a-z and digits only, so that texts in other scripts have 0.
+    """
     kinds = ("rouge1", "rouge2", "rougeL", "rougeLsum")
     scorer = _load("rouge_score.rouge_scorer").RougeScorer(list(kinds), use_stemmer=True)
     found = [scorer.score(theirs, ours) for ours, theirs in zip(predictions, references)]
@@ -135,6 +139,14 @@ def score_texts(
     return {name: value for key in names for name, value in METRICS[key](ours, theirs).items()}
 
 
+def check_one_text(owner: str, settings: "GenerationConfig") -> None:
+    """`ValueError` unless `generate()` gives one row of tokens for each source by these settings."""
+    for name, wanted in (("num_return_sequences", 1), ("return_dict_in_generate", False)):
+        value = getattr(settings, name)
+        if value not in (None, wanted):
+            raise ValueError(f"{owner}.{name} must be {wanted}, for one text for each source; got {value!r}.")
+
+
 @torch.no_grad()
 def generate_texts(
     model: "PreTrainedModel",
@@ -159,12 +171,15 @@ def generate_texts(
         options: of `model.generate` (`num_beams`, `max_new_tokens`, ...).
 
     Raises:
-        ValueError: `batch_size` below 1.
+        ValueError: `batch_size` below 1, or several texts for a source.
     """
     from tqdm.auto import tqdm
 
     if batch_size < 1:
         raise ValueError(f"generate_texts: batch_size must be at least 1, got {batch_size}.")
+    settings = copy.deepcopy(cast(Any, model).generation_config)
+    settings.update(**options)
+    check_one_text("generate_texts", settings)
     if max_source_length is None and tokenizer.model_max_length < 10**9:  # else the tokenizer knows no limit
         max_source_length = tokenizer.model_max_length
     encoded = [
@@ -178,7 +193,7 @@ def generate_texts(
         names = [name for name in ("input_ids", "attention_mask") if name in encoded[places[0]]]
         rows = [{name: encoded[place][name] for name in names} for place in places]
         batch = tokenizer.pad(rows, return_tensors="pt").to(model.device)
-        produced = model.generate(**batch, **options)
+        produced = cast(Any, model).generate(**batch, **options)
         for place, text in zip(places, tokenizer.batch_decode(produced, skip_special_tokens=True)):
             found[place] = text.strip()
         bar.update(len(places))

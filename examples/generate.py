@@ -15,15 +15,23 @@ are printed.
 
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, set_seed
 
 import bestiary  # noqa: F401  registers the auto classes
 from bestiary.generation import generate_texts, score_texts
 from bestiary.recipe import Recipe, load_recipe
-from bestiary.trainers.seq2seq import Seq2SeqDataArguments, load_pairs, seq2seq_training_arguments
+from bestiary.trainers.seq2seq import (
+    Seq2SeqDataArguments,
+    check_texts,
+    load_pairs,
+    seq2seq_data_arguments,
+    seq2seq_training_arguments,
+)
 from bestiary.trainers.tasks import read_file
 
 
@@ -37,6 +45,11 @@ class GenerationArguments(Seq2SeqDataArguments):
     num_beams: int | None = field(default=None, metadata={"help": "Beams; default: what the checkpoint says."})
 
 
+def generation_arguments(values: Mapping[str, Any]) -> type[GenerationArguments]:
+    """Dataclass of a recipe's section `data`: with the fields that the paper's training has besides."""
+    return make_dataclass("GenerationArguments", (), bases=(GenerationArguments, seq2seq_data_arguments(values)))
+
+
 def read(data: GenerationArguments) -> tuple[list[str], list[str] | None]:
     """Sources and, where there are any, references."""
     if data.input_file is None:
@@ -48,6 +61,7 @@ def read(data: GenerationArguments) -> tuple[list[str], list[str] | None]:
         rows = read_file(type(data).__name__, "input_file", data.input_file)
         if data.source_column not in rows.column_names:
             raise ValueError(f"{data.input_file} has no column {data.source_column!r}; choose one by source_column.")
+        check_texts(rows, [name for name in (data.source_column, data.target_column) if name in rows.column_names])
     references = list(rows[data.target_column]) if data.target_column in rows.column_names else None
     return list(rows[data.source_column]), references
 
@@ -81,9 +95,11 @@ def write(path: str, columns: dict[str, list[str]]) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Generate, write and score; returns the scores."""
-    recipe = load_recipe(argv, data=GenerationArguments, training=seq2seq_training_arguments)
+    recipe = load_recipe(argv, data=generation_arguments, training=seq2seq_training_arguments)
     set_seed(recipe.training.seed)
     sources, references = read(recipe.data)
+    if recipe.data.output_file is not None:
+        Path(recipe.data.output_file).parent.mkdir(parents=True, exist_ok=True)
     predictions = generate(recipe, sources)
     columns = {"source": sources, "prediction": predictions} | ({"reference": references} if references else {})
     if recipe.data.output_file is None:

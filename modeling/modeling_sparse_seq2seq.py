@@ -13,7 +13,8 @@ Decisions, and differences from the official code:
   hypotheses of non-zero probability the search is exact, by the sum of log p (`length_penalty` 0, the default
   here); rows beyond the number of hypotheses have a score of -1e9. Sampling of beams is refused: it needs more tokens
   of non-zero probability than there may be;
-* constraints that leave no token (a minimal length against p(eos) = 1) are an error, not an arbitrary token;
+* constraints that leave no token (a minimal length against p(eos) = 1) are an error, not an arbitrary token; so they
+  are with beams, where none goes on or has ended;
 * W_in^T H ("general") and W_c H ("mlp") are computed once for a source and kept in the state;
 * the state is of constant size: hidden and cell vectors, the last attentional vector, and the keys;
 * sources may be padded on either side; padding gets an attention of exactly 0. Target padding must be on the right;
@@ -203,7 +204,7 @@ class SparseSeq2seqEncoder(nn.Module):
         """Encode `input_ids` (B, S) or `inputs_embeds` (B, S, E); `attention_mask` (B, S) has 1 at real tokens.
 
         Raises:
-            ValueError: both or none of the inputs, or a row without a real token.
+            ValueError: both or none of the inputs, a mask of another shape, or a row without a real token.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"{type(self).__name__} needs exactly one of input_ids and inputs_embeds.")
@@ -211,6 +212,11 @@ class SparseSeq2seqEncoder(nn.Module):
         batch, length = embedded.shape[:2]
         real = embedded.new_ones(batch, length, dtype=torch.bool)
         if attention_mask is not None:
+            if attention_mask.shape != real.shape:
+                raise ValueError(
+                    f"{type(self).__name__}: attention_mask must be {list(real.shape)} as the source, got "
+                    f"{list(attention_mask.shape)}."
+                )
             real = attention_mask.bool()
         lengths = real.sum(1)
         if not bool((lengths > 0).all()):
@@ -456,45 +462,35 @@ class SparseSeq2seqModel(SparseSeq2seqPreTrainedModel):
 # ---------------------------------------------------------------------------------------------------------- generation
 
 
-class DropImpossibleBeams(LogitsProcessor):
-    """-inf for every continuation of a running beam that is no hypothesis: it has ended, or equals a better one.
+LOST = -5e8
+"""Scores of beams below this are no sums of log p: transformers keeps copies and ended beams at -1e9."""
 
-    transformers gives such beams -1e9, which is above the -inf of tokens of probability 0, so that they would come
-    back where fewer continuations are possible than there are beams.
-    """
 
-    def __init__(self, num_beams: int, prompt_length: int, eos_token_id: torch.Tensor | None):
-        self.num_beams, self.prompt_length, self.eos_token_id = num_beams, prompt_length, eos_token_id
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        beams = input_ids.unflatten(0, (-1, self.num_beams))  # (B, K, T), the better first
-        equal = (beams.unsqueeze(2) == beams.unsqueeze(1)).all(-1)  # (B, K, K)
-        impossible = equal.tril(-1).any(-1).flatten()  # (B * K,)
-        if self.eos_token_id is not None:
-            ends = self.eos_token_id.to(input_ids.device)
-            impossible = impossible | torch.isin(input_ids[:, self.prompt_length :], ends).any(1)
-        # what another processor raised from -inf to the smallest number is impossible all the same
-        scores = scores.masked_fill(scores <= torch.finfo(scores.dtype).min, -math.inf)
-        return scores.masked_fill(impossible.unsqueeze(-1), -math.inf)
+def no_token_left(row: int, step: int) -> ValueError:
+    """What is raised where a hypothesis that has not ended cannot go on."""
+    return ValueError(
+        f"generate(): all tokens that the model gives row {row} at step {step} are excluded by the other settings "
+        "(such as min_new_tokens), and its sparse output has no more; or its weights are not finite. Remove the "
+        "setting, or search with more beams."
+    )
 
 
 class RefuseNoToken(LogitsProcessor):
-    """An error where a row that has not ended has no token left to choose."""
+    """An error where a row that has not ended has no token left to choose; -inf for tokens that other processors made
+    nan or the smallest number.
+    """
 
     def __init__(self, prompt_length: int, eos_token_id: torch.Tensor | None):
         self.prompt_length, self.eos_token_id = prompt_length, eos_token_id
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.masked_fill(~(scores > torch.finfo(scores.dtype).min), -math.inf)
         empty = scores.amax(-1) == -math.inf
         if self.eos_token_id is not None:
             ends = self.eos_token_id.to(input_ids.device)
             empty = empty & ~torch.isin(input_ids[:, self.prompt_length :], ends).any(1)
         if bool(empty.any()):
-            raise ValueError(
-                f"generate(): all tokens that the model gives row {int(empty.nonzero()[0])} at step "
-                f"{input_ids.shape[1] - self.prompt_length} are excluded by the other settings (such as "
-                "min_new_tokens); its sparse output has no more. Remove the setting, or search with beams."
-            )
+            raise no_token_left(int(empty.nonzero()[0]), input_ids.shape[1] - self.prompt_length)
         return scores
 
 
@@ -625,16 +621,16 @@ class SparseSeq2seqForConditionalGeneration(SparseSeq2seqPreTrainedModel, Genera
 
     # Generation
 
-    def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
-    ) -> Any:
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         """As in transformers, but beams are compared by the sum of log p unless a `length_penalty` is set: that is the
         paper's score, and the one by which the search is exact.
         """
-        given = self.generation_config if generation_config is None else generation_config
-        if (kwargs.get("num_beams", given.num_beams) or 1) > 1 and given.length_penalty is None:
-            kwargs.setdefault("length_penalty", 0.0)
-        return super().generate(inputs, generation_config, **kwargs)
+        given = (self.generation_config, generation_config or self.generation_config)
+        is_set = kwargs.get("length_penalty") is not None or any(one.length_penalty is not None for one in given)
+        prepared, rest = super()._prepare_generation_config(generation_config, **kwargs)
+        if not is_set:
+            prepared.length_penalty = 0.0
+        return prepared, rest
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers, and the log of the sparse distribution is asked for."""
@@ -653,11 +649,23 @@ class SparseSeq2seqForConditionalGeneration(SparseSeq2seqPreTrainedModel, Genera
                 f"{type(self).__name__}: beams cannot be sampled, since fewer tokens than beams may have a "
                 "probability above 0; set do_sample=False, or num_beams=1 with num_return_sequences."
             )
-        last = DropImpossibleBeams(
-            generation_config.num_beams, input_ids.shape[1], generation_config._eos_token_tensor
+        return super()._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, *args, **kwargs)
+
+    def _get_top_k_continuations(self, accumulated_log_probs: torch.Tensor, **kwargs: Any):
+        """Beams that are no hypotheses, which would rank above tokens of probability 0, get -inf; so does nan."""
+        lost = ~(accumulated_log_probs > LOST)
+        return super()._get_top_k_continuations(accumulated_log_probs.masked_fill(lost, -math.inf), **kwargs)
+
+    def _check_early_stop_heuristic(
+        self, running_beam_scores: torch.Tensor, is_sent_finished: torch.Tensor, **kwargs: Any
+    ) -> torch.Tensor:
+        """As in transformers, and an error where no beam of a row goes on or has ended."""
+        lost = ~((running_beam_scores > LOST) | is_sent_finished).any(1)
+        if bool(lost.any()):
+            raise no_token_left(int(lost.nonzero()[0]), kwargs["cur_len"] - kwargs["decoder_prompt_len"] - 1)
+        return super()._check_early_stop_heuristic(
+            running_beam_scores=running_beam_scores, is_sent_finished=is_sent_finished, **kwargs
         )
-        processors = LogitsProcessorList([*logits_processor, last])
-        return super()._beam_search(input_ids, processors, stopping_criteria, generation_config, *args, **kwargs)
 
 
 # ---------------------------------------------------------------------- an extension: the shared encoder with entmax

@@ -14,14 +14,15 @@ What is easily got wrong, and how it is here:
 * positions run over the real tokens of a packed row, wherever its padding is, and a target goes on where its source
   ends, so that left-padded and right-padded sources give the same;
 * decoding keeps keys and values of the source, once for all beams of an example, and of the tokens written so far; the
-  official decoder keeps inputs of layers and projects all of them at every step;
+  official decoder keeps inputs of layers and projects all of them at every step. The token that decoder inputs begin
+  with is kept too and never seen, so that the cache counts tokens as that of any encoder-decoder;
 * back pointers of the official beam search are floored; greedy search stops at the end of a target.
 
 Differences from the paper and the official code:
 * the switches of the v1 code that no published checkpoint uses (four position tables, four prediction transforms, two
   sets of projections, segments in the attention, gated feed-forward) are left out;
 * `generate()` searches as transformers does. `official_beam_search` is the search of the official decoder, by
-  `generate(..., custom_generate=official_beam_search)`;
+  `generate(..., custom_generate=official_beam_search)`, and `NgramBlock` its blocking of repeated n-grams;
 * losses are divided by the number of predicted tokens; the official ones by that number + 1e-5;
 * with `labels` alone `UniLMForConditionalGeneration` gives the loss of all target tokens, each under a [MASK] of its
   own that sees the tokens before it: what decoding goes by, and comparable with any encoder-decoder.
@@ -29,7 +30,7 @@ Differences from the paper and the official code:
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +39,15 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessor
 from transformers.generation.utils import GenerateBeamEncoderDecoderOutput
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, Seq2SeqLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..configuration.configuration_unilm import UniLMConfig
-from .layers.attention import EncoderAttention, EncoderSelfAttention, eager_attention_forward
+from .layers.attention import EncoderAttention, EncoderSelfAttention, additive_mask, eager_attention_forward
 from .layers.encoder import EncoderLayer, EncoderModel, EncoderPreTrainedModel
 from .layers.heads import (
     LanguageModelHead,
@@ -99,9 +100,9 @@ def _allows(task: torch.Tensor, source: torch.Tensor, query: torch.Tensor, key: 
     return (task == BIDIRECTIONAL) | earlier | later | target
 
 
-def additive(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where allowed, else the smallest number: bool (B, T, T) -> (B, 1, T, T)."""
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype).unsqueeze(1)
+def places(real: torch.Tensor) -> torch.Tensor:
+    """Place of every token among the real ones of its row, (B, T); padding has that of the token before it, or 0."""
+    return (real.long().cumsum(1) - 1).clamp(min=0)
 
 
 def segments(
@@ -130,27 +131,29 @@ class DecodingStep:
     Attributes:
         source: keys and values (B, H, S, d) of every layer; B examples.
         source_mask: additive, (B, 1, 1, S).
-        cache: of the tokens written so far, which grows by the new ones; N = B * beams rows.
+        cache: of the tokens written so far, which grows by the new ones; N = B * beams rows. None if all are new.
         written: how many of the rows are new tokens; the others, after them, are [MASK]s and are not kept.
-        mask: additive, (N, 1, R, W + R) over the W tokens in the cache and the R rows.
+        mask: additive, (1 or N, 1, R, W + R) over the W tokens in the cache and the R rows.
     """
 
     source: tuple[KeysAndValues, ...]
     source_mask: torch.Tensor
-    cache: Cache
+    cache: Cache | None
     written: int
     mask: torch.Tensor
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """softmax over source, cache and own rows; query, key, value (N, H, R, d) -> context (N, R, H, d).
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """softmax over source, cache and own rows; query, key, value (N, H, R, d) -> context (N, R, H, d) and the
+        probabilities (N, H, R, S + W + R).
 
         Beams of one example are rows of one product with its source, which therefore is there once.
         """
         source_key, source_value = self.source[layer]
-        kept = self.cache.update(key[:, :, : self.written], value[:, :, : self.written], layer)
-        key, value = (torch.cat((old, new[:, :, self.written :]), 2) for old, new in zip(kept, (key, value)))
+        if self.cache is not None:
+            kept = self.cache.update(key[:, :, : self.written], value[:, :, : self.written], layer)
+            key, value = (torch.cat((old, new[:, :, self.written :]), 2) for old, new in zip(kept, (key, value)))
         examples, rows = source_key.shape[0], query.shape[2]
         beams = query.shape[0] // examples
 
@@ -160,12 +163,13 @@ class DecodingStep:
         def unfolded(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(2, (beams, rows)).transpose(1, 2).flatten(0, 1)
 
-        of_source = unfolded(folded(query) @ source_key.mT * scale + self.source_mask)  # (N, H, R, S)
-        of_target = query @ key.mT * scale + self.mask  # (N, H, R, W + R)
+        query = query * scale
+        of_source = unfolded(folded(query) @ source_key.mT + self.source_mask)  # (N, H, R, S)
+        of_target = query @ key.mT + self.mask  # (N, H, R, W + R)
         probabilities = torch.cat((of_source, of_target), -1).softmax(-1)
         on_source, on_target = probabilities.split((source_key.shape[2], key.shape[2]), -1)
         context = unfolded(folded(on_source) @ source_value) + on_target @ value
-        return context.transpose(1, 2)
+        return context.transpose(1, 2), probabilities
 
 
 class UniLMSelfAttention(EncoderSelfAttention):
@@ -184,7 +188,8 @@ class UniLMSelfAttention(EncoderSelfAttention):
         """
         query, key, value = self.project(hidden_states)
         if step is not None:
-            return step.attend(self.layer_idx, query, key, value, self.score_scale()).flatten(-2), None
+            context, probabilities = step.attend(self.layer_idx, query, key, value, self.score_scale())
+            return context.flatten(-2), probabilities
         if collected is not None:
             collected.append((key, value))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -229,14 +234,6 @@ class UniLMPreTrainedModel(EncoderPreTrainedModel):
     config: UniLMConfig
     base_model_prefix = "bert"
     _can_record_outputs = {"hidden_states": UniLMLayer, "attentions": UniLMSelfAttention}
-    writes_targets = False
-    """Whether the class is an encoder-decoder to transformers."""
-
-    def __init__(self, config: UniLMConfig, *args, **kwargs):
-        if config.is_encoder_decoder != self.writes_targets:
-            config = copy.deepcopy(config)
-            config.is_encoder_decoder = self.writes_targets
-        super().__init__(config, *args, **kwargs)
 
     def build_encoder(self, add_pooling_layer: bool) -> "UniLMModel":
         return UniLMModel(self.config, add_pooling_layer)
@@ -250,16 +247,20 @@ class UniLMPreTrainedModel(EncoderPreTrainedModel):
             init.normal_(module.weight, std=self.config.initializer_range / depth)
 
 
-class UniLMModel(EncoderModel, UniLMPreTrainedModel):
-    """The UniLM encoder: BERT, or with `task_ids` one of its four language models."""
+class Reader:
+    """First base of the classes that only read: the configuration of one that writes is copied, and says so."""
 
-    layer_class = UniLMLayer
-
-    def __init__(self, config: UniLMConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: UniLMConfig, *args, **kwargs):
         if config.is_encoder_decoder:
             config = copy.deepcopy(config)
             config.is_encoder_decoder = False
-        super().__init__(config, add_pooling_layer)
+        super().__init__(config, *args, **kwargs)
+
+
+class UniLMModel(Reader, EncoderModel, UniLMPreTrainedModel):
+    """The UniLM encoder: BERT, or with `task_ids` one of its four language models."""
+
+    layer_class = UniLMLayer
 
     def _worth_unpadding(self, attention_mask: Any, recording: dict) -> bool:
         whole = "collected" not in recording and "step" not in recording
@@ -272,13 +273,22 @@ class UniLMModel(EncoderModel, UniLMPreTrainedModel):
     ) -> Any:
         """The mask of `allowed_pairs` in the form of the attention backend."""
         if self.config._attn_implementation != "flex_attention":
-            return additive(allowed_pairs(task_ids, num_tokens_a, order, real), self.dtype)
+            return additive_mask(allowed_pairs(task_ids, num_tokens_a, order, real), self.dtype).unsqueeze(1)
 
         def allows(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             pair = _allows(task_ids[batch], num_tokens_a[batch], order[batch, query], order[batch, key])
             return real[batch, key] & (pair | ~real[batch, query])
 
         return create_block_mask(allows, len(order), None, order.shape[1], order.shape[1], device=order.device)
+
+    def dense_mask(self, allowed: torch.Tensor) -> Any:
+        """A mask (B, T, T) bool in the form of the attention backend."""
+        if self.config._attn_implementation != "flex_attention":
+            return additive_mask(allowed, self.dtype).unsqueeze(1)
+        batch, length, _ = allowed.shape
+        return create_block_mask(
+            lambda row, head, query, key: allowed[row, query, key], batch, None, length, length, device=allowed.device
+        )
 
     @can_return_tuple
     def forward(
@@ -315,13 +325,13 @@ class UniLMModel(EncoderModel, UniLMPreTrainedModel):
             if attention_mask is None
             else attention_mask != 0
         )
-        order = real.long().cumsum(1) - 1  # (B, T)
+        order = places(real)
         num_tokens_a = real.sum(1) if num_tokens_a is None else num_tokens_a
         return super().forward(
             input_ids,
             self.task_mask(task_ids, num_tokens_a, order, real),
             segments(self.config, task_ids, num_tokens_a, order, real) if token_type_ids is None else token_type_ids,
-            order.clamp(min=0) * real if position_ids is None else position_ids,
+            order * real if position_ids is None else position_ids,
             inputs_embeds,
             **kwargs,
         )
@@ -341,6 +351,32 @@ class UniLMModel(EncoderModel, UniLMPreTrainedModel):
                 f"got {task_ids.tolist()}."
             )
 
+    def real_tokens(self, sources: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Which tokens of sources (B, S) or (B, S, E) are real, (B, S) bool; `ValueError` for another shape, on CPU
+        also for an empty source.
+        """
+        shape = sources.shape[:2]
+        if attention_mask is None:
+            return torch.ones(shape, dtype=torch.bool, device=sources.device)
+        if attention_mask.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}: attention_mask must be {tuple(shape)} as the sources, got "
+                f"{tuple(attention_mask.shape)}."
+            )
+        real = attention_mask != 0
+        if real.device.type == "cpu" and not torch.compiler.is_compiling() and not real.any(1).all():
+            raise ValueError(f"{type(self).__name__}: source {int(real.any(1).long().argmin())} has no tokens.")
+        return real
+
+    def check_room(self, source: int, target: int) -> None:
+        """`ValueError` unless source and target fit into the position table together."""
+        if source + target > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{type(self).__name__}: a source of {source} and a target of {target} tokens, but "
+                f"config.max_position_embeddings is {self.config.max_position_embeddings} for both; shorten the "
+                "source (max_source_length) or the target (max_new_tokens)."
+            )
+
 
 @dataclass
 class UniLMPreTrainingOutput(SentencePairPreTrainingOutput):
@@ -352,7 +388,7 @@ class UniLMPreTrainingOutput(SentencePairPreTrainingOutput):
     task_counts: torch.Tensor | None = None
 
 
-class UniLMForPreTraining(PreTrainingHead, UniLMPreTrainedModel):
+class UniLMForPreTraining(Reader, PreTrainingHead, UniLMPreTrainedModel):
     """The cloze loss of any task, and next-sentence prediction for the pairs that have a label."""
 
     @staticmethod
@@ -421,23 +457,23 @@ class UniLMForPreTraining(PreTrainingHead, UniLMPreTrainedModel):
         return [task_ids == task for task in range(len(TASKS))]
 
 
-class UniLMForMaskedLM(MaskedLMHead, UniLMPreTrainedModel):
+class UniLMForMaskedLM(Reader, MaskedLMHead, UniLMPreTrainedModel):
     """UniLM as a masked language model; `task_ids` and `num_tokens_a` may be given."""
 
 
-class UniLMForSequenceClassification(SequenceClassificationHead, UniLMPreTrainedModel):
+class UniLMForSequenceClassification(Reader, SequenceClassificationHead, UniLMPreTrainedModel):
     """UniLM with a classification or regression layer on the pooled first token."""
 
 
-class UniLMForTokenClassification(TokenClassificationHead, UniLMPreTrainedModel):
+class UniLMForTokenClassification(Reader, TokenClassificationHead, UniLMPreTrainedModel):
     """UniLM with a classification layer on every token."""
 
 
-class UniLMForQuestionAnswering(QuestionAnsweringHead, UniLMPreTrainedModel):
+class UniLMForQuestionAnswering(Reader, QuestionAnsweringHead, UniLMPreTrainedModel):
     """UniLM with start and end scores of an answer span."""
 
 
-class UniLMForMultipleChoice(MultipleChoiceHead, UniLMPreTrainedModel):
+class UniLMForMultipleChoice(Reader, MultipleChoiceHead, UniLMPreTrainedModel):
     """UniLM scoring several choices."""
 
 
@@ -453,22 +489,6 @@ class UniLMSourceOutput(BaseModelOutput):
     source_states: tuple[KeysAndValues, ...] | None = None
     source_attention_mask: Any | None = None
     longest: int | None = None
-
-
-@dataclass
-class UniLMSeq2SeqOutput(ModelOutput):
-    """Output of `UniLMForConditionalGeneration`. loss (). logits (B, T, V): of the next token after each decoder
-    input, or with `cloze_input_ids` of the token at each place; without labels, or outside training.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    decoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    decoder_attentions: tuple[torch.Tensor, ...] | None = None
-    encoder_last_hidden_state: torch.Tensor | None = None
-    encoder_hidden_states: tuple[torch.Tensor, ...] | None = None
-    encoder_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 def smoothed_cloze_sum(
@@ -489,73 +509,43 @@ def smoothed_cloze_sum(
         losses = entropy - (1 - smoothing - rest) * gold - rest * total
     if pad_token_id is not None:
         losses = losses.masked_fill(labels == pad_token_id, 0.0)
-    return losses.sum(), torch.tensor(len(labels), device=labels.device)
+    return losses.sum(), torch.full((), len(labels), device=labels.device)
 
 
-class _SourceEncoder:
-    """What `generate()` takes for the encoder: the model's pass over the source."""
+class UniLMSourceEncoder(nn.Module):
+    """The pass over sources, by the same parameters as that over targets: what `get_encoder()` gives."""
 
-    def __init__(self, encode: Callable[..., UniLMSourceOutput]):
-        self.encode = encode
+    main_input_name = "input_ids"
+
+    def __init__(self, bert: UniLMModel):
+        super().__init__()
+        self.bert = bert
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs,
     ) -> UniLMSourceOutput:
-        """See `UniLMForConditionalGeneration.encode_source`."""
-        return self.encode(input_ids, attention_mask, **kwargs)
+        """Encode sources (B, S) or (B, S, E), padded on either side, and keep the keys and values of all layers.
 
-    __call__ = forward
-
-
-class UniLMForConditionalGeneration(LanguageModelHead, UniLMPreTrainedModel, GenerationMixin):
-    """UniLM that reads a source and writes a target, with the interface of any encoder-decoder.
-
-    Sources are [CLS] text [SEP], targets text [SEP]. Decoder inputs begin with `config.decoder_start_token_id`, which
-    stands for nothing: the next token is predicted under a [MASK] after the tokens written so far.
-    """
-
-    writes_targets = True
-    _keys_to_ignore_on_load_unexpected = [
-        *UniLMPreTrainedModel._keys_to_ignore_on_load_unexpected,
-        r"seq_relationship",
-    ]
-
-    def __init__(self, config: UniLMConfig):
-        for name in ("mask_token_id", "decoder_start_token_id"):
-            value = getattr(config, name)
-            if value is None or not 0 <= value < config.vocab_size:
-                raise ValueError(
-                    f"{type(config).__name__}.{name} must be in [0, vocab_size={config.vocab_size}) to write targets, "
-                    f"got {value!r}; take it from the tokenizer."
-                )
-        super().__init__(config)
-
-    def get_encoder(self, modality: str | None = None) -> _SourceEncoder:
-        """The pass over the source, as `generate()` calls it."""
-        return _SourceEncoder(self.encode_source)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, T) one place later, after the token that a target begins with."""
-        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
-        shifted = torch.cat((start, labels[:, :-1]), 1)
-        return shifted.masked_fill(shifted == IGNORE, self.config.pad_token_id or 0)
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs) -> dict[str, Any]:
-        """All decoder inputs at every step: what the cache holds is not run again."""
-        kwargs.pop("next_sequence_length", None)
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=None, **kwargs)
-
-    def encode_source(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> UniLMSourceOutput:
-        """Encode sources (B, S), padded on either side, and keep the keys and values of all layers."""
-        real = self.real_tokens(input_ids, attention_mask)
+        Raises:
+            ValueError: a mask that is not (B, S), an empty source, or one longer than the position table.
+        """
+        sources = inputs_embeds if input_ids is None else input_ids
+        if sources is None:
+            raise ValueError(f"{type(self).__name__} needs input_ids or inputs_embeds, the source.")
+        real = self.bert.real_tokens(sources, attention_mask)
+        longest = int(real.sum(1).max())
+        self.bert.check_room(longest, 0)
         collected: list[KeysAndValues] = []
         outputs = self.bert(
             input_ids,
             real.long(),
-            torch.full_like(input_ids, self.config.source_type_id) * real,
-            self.positions(real),
+            self.bert.config.source_type_id * real.long(),
+            places(real) * real,
+            inputs_embeds,
             collected=collected,
             **{name: value for name, value in kwargs.items() if name.startswith("output_")},
         )
@@ -565,22 +555,63 @@ class UniLMForConditionalGeneration(LanguageModelHead, UniLMPreTrainedModel, Gen
             attentions=outputs.attentions,
             source_states=tuple(collected),
             source_attention_mask=(real,),
-            longest=int(real.sum(1).max()),
+            longest=longest,
         )
 
-    def real_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """Which tokens of the sources are real, (B, S) bool; `ValueError` for an empty source."""
-        if attention_mask is None:
-            return torch.ones_like(input_ids, dtype=torch.bool)
-        real = attention_mask != 0
-        if real.device.type == "cpu" and not torch.compiler.is_compiling() and not real.any(1).all():
-            raise ValueError(f"{type(self).__name__}: source {int(real.any(1).long().argmin())} has no tokens.")
-        return real
 
-    @staticmethod
-    def positions(real: torch.Tensor) -> torch.Tensor:
-        """Place of every token among the real ones of its row, 0 at padding."""
-        return (real.long().cumsum(1) - 1).clamp(min=0) * real
+class Writer(LanguageModelHead):
+    """Language-model head of a class that writes, with a configuration of its own that says so."""
+
+    def __init__(self, config: UniLMConfig):
+        for name in ("mask_token_id", "decoder_start_token_id"):
+            value = getattr(config, name)
+            if value is None or not 0 <= value < config.vocab_size:
+                raise ValueError(
+                    f"{type(config).__name__}.{name} must be in [0, vocab_size={config.vocab_size}) to write targets, "
+                    f"got {value!r}; take it from the tokenizer."
+                )
+        config = copy.deepcopy(config)
+        config.is_encoder_decoder = False  # as long as the encoder is built, which shares it
+        super().__init__(config)
+        self.config.is_encoder_decoder = True
+
+
+class UniLMForConditionalGeneration(Writer, UniLMPreTrainedModel, GenerationMixin):
+    """UniLM that reads a source and writes a target, with the interface of any encoder-decoder.
+
+    Sources are [CLS] text [SEP], targets text [SEP]. Decoder inputs begin with `config.decoder_start_token_id`, which
+    stands for nothing: the next token is predicted under a [MASK] after the tokens written so far.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [
+        *UniLMPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"seq_relationship",
+    ]
+
+    def get_encoder(self, modality: str | None = None) -> UniLMSourceEncoder:
+        """The pass over the source, as `generate()` calls it."""
+        return UniLMSourceEncoder(self.bert)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T) one place later, after the token that a target begins with."""
+        start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+        shifted = torch.cat((start, labels[:, :-1]), 1)
+        return shifted.masked_fill(shifted == IGNORE, self.config.pad_token_id or 0)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """As in transformers, for a target that fits behind its source, and for caches that grow.
+
+        Raises:
+            ValueError: source and longest target do not fit into the position table together, or a static cache.
+        """
+        source = self.check_source(model_kwargs["encoder_outputs"])
+        self.bert.check_room(source.longest, generation_config.max_length - 1)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.is_compileable:
+            raise ValueError(f"{type(self).__name__} writes with a cache that grows; leave cache_implementation out.")
 
     @can_return_tuple
     def forward(
@@ -594,85 +625,90 @@ class UniLMForConditionalGeneration(LanguageModelHead, UniLMPreTrainedModel, Gen
         encoder_outputs: UniLMSourceOutput | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> UniLMSeq2SeqOutput:
+    ) -> Seq2SeqLMOutput:
         """Predict targets of the sources `input_ids` (B, S) with `attention_mask` (B, S).
 
         * `labels` (B, T; -100 = no loss) alone: loss of every token given the ones before it.
         * `cloze_input_ids` (B, T), targets of which some tokens were replaced, and `labels` at these places: the loss
           of fine-tuning, smoothed by `config.label_smoothing`. `decoder_attention_mask` (B, T) tells its padding; by
-          default that is the padding token. It has no other use.
+          default that is the padding token.
         * `decoder_input_ids` (B, T), from the token that targets begin with: logits of the next token after each, or
-          of the last `logits_to_keep`. None of them are read again that `past_key_values` holds, so that always all
-          are given.
+          of the last `logits_to_keep`. With `past_key_values`, which `use_cache` makes, only those that are new; rows
+          may then be several times the sources. `decoder_attention_mask` (B, all so far) is 0 at padding, which may
+          stand on either side.
+
+        `inputs_embeds` (B, S, E) may stand for `input_ids`, but not with `cloze_input_ids`. `token_type_ids` of a
+        tokenizer are not read: sources and targets have the segments of the configuration.
+
+        Returns:
+            loss (). logits (B, T, V), not in training with labels. With `output_hidden_states` and
+            `output_attentions` the decoder's are those of the [MASK]s (with `cloze_input_ids` of the target), whose
+            attention goes over source, target and [MASK]s.
 
         Raises:
-            ValueError: no source; source and target together longer than the position table; labels out of range.
+            ValueError: no source, or an empty one; source and target together longer than the position table; masks
+                of other shapes; labels out of range; an encoded source of another model.
         """
         if labels is not None:
             check_labels(type(self).__name__, labels, self.config.vocab_size)
+        sources = inputs_embeds if input_ids is None and cloze_input_ids is None else input_ids
+        if sources is None and (encoder_outputs is None or cloze_input_ids is not None):
+            raise ValueError(f"{type(self).__name__} needs input_ids, the source.")
         if cloze_input_ids is not None:
             packed = (input_ids, attention_mask, cloze_input_ids, decoder_attention_mask)
             return self.cloze(*packed, labels, num_items_in_batch, kwargs)
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            if decoder_attention_mask is None:  # up to the last label
+                decoder_attention_mask = (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
         if decoder_input_ids is None:
-            source = input_ids if encoder_outputs is None else encoder_outputs.last_hidden_state
-            if source is None:
-                raise ValueError(f"{type(self).__name__} needs input_ids, the source.")
+            sources = sources if encoder_outputs is None else encoder_outputs[0]
             start = self.config.decoder_start_token_id
-            decoder_input_ids = torch.full((len(source), 1), start, dtype=torch.long, device=source.device)
-        if encoder_outputs is None and input_ids is None:
-            raise ValueError(f"{type(self).__name__} needs input_ids, the source.")
-        if encoder_outputs is None and past_key_values is None and not (use_cache and labels is None):
-            states, outputs = self.teacher_forced(input_ids, attention_mask, decoder_input_ids, kwargs)
-            return self.predicted(states, labels, logits_to_keep, num_items_in_batch, outputs)
+            decoder_input_ids = torch.full((len(sources), 1), start, dtype=torch.long, device=sources.device)
+        decoder = (decoder_input_ids, decoder_attention_mask)
+        at_once = encoder_outputs is None and past_key_values is None and not (use_cache and labels is None)
+        if at_once and inputs_embeds is None:
+            states, result = self.teacher_forced(input_ids, attention_mask, *decoder, kwargs)
+            return self.predicted(result, states, labels, logits_to_keep, num_items_in_batch)
         if encoder_outputs is None:
-            encoder_outputs = self.encode_source(input_ids, attention_mask, **kwargs)
-        past_key_values = self.new_cache() if past_key_values is None else past_key_values
-        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        states, outputs = self.next_states(encoder_outputs, decoder_input_ids, past_key_values, keep, kwargs)
-        result = self.predicted(states, labels, logits_to_keep, num_items_in_batch, outputs)
-        result.past_key_values = past_key_values if use_cache else None
-        result.encoder_last_hidden_state = encoder_outputs.last_hidden_state
-        return result
-
-    def new_cache(self) -> Cache:
-        """An empty cache of tokens written."""
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+            encoder_outputs = self.get_encoder()(input_ids, attention_mask, inputs_embeds, **kwargs)
+        source = self.check_source(encoder_outputs)
+        if past_key_values is None and use_cache:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        states, result = self.next_states(source, *decoder, past_key_values, keep, kwargs)
+        result.past_key_values = past_key_values
+        return self.predicted(result, states, labels, logits_to_keep, num_items_in_batch)
 
     def predicted(
         self,
+        result: Seq2SeqLMOutput,
         states: torch.Tensor,
         labels: torch.Tensor | None,
         logits_to_keep: int | torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None,
-        outputs: ModelOutput,
-    ) -> UniLMSeq2SeqOutput:
-        """Logits of the [MASK] states (B, T, D), and the loss of labels (B, T)."""
-        loss = logits = None
+    ) -> Seq2SeqLMOutput:
+        """The result with logits of the [MASK] states (B, T, D), and the loss of labels (B, T)."""
         if labels is not None:
-            loss = mean_loss(self.cls.predictions.loss_sum(*labelled_rows(states, labels)), num_items_in_batch)
+            result.loss = mean_loss(self.cls.predictions.loss_sum(*labelled_rows(states, labels)), num_items_in_batch)
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.cls.predictions(states[:, kept])
-        return UniLMSeq2SeqOutput(
-            loss=loss,
-            logits=logits,
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-        )
+            result.logits = self.cls.predictions(states[:, kept])
+        return result
 
-    def check_length(self, source: int, target: int) -> None:
-        """`ValueError` unless source and target fit into the position table together."""
-        if source + target > self.config.max_position_embeddings:
+    def check_source(self, source: Any) -> UniLMSourceOutput:
+        """`ValueError` unless the source was encoded by a UniLM."""
+        if not isinstance(source, UniLMSourceOutput) or source.source_states is None:
             raise ValueError(
-                f"{type(self).__name__}: a source of {source} and a target of {target} tokens, but "
-                f"config.max_position_embeddings is {self.config.max_position_embeddings} for both; shorten the "
-                "source (max_source_length) or the target (max_new_tokens)."
+                f"{type(self).__name__}: encoder_outputs must be what get_encoder() gives, with keys and values of "
+                f"all layers, got a {type(source).__name__}."
             )
+        return source
 
     # The three passes
 
@@ -685,24 +721,24 @@ class UniLMForConditionalGeneration(LanguageModelHead, UniLMPreTrainedModel, Gen
         labels: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
         kwargs: dict[str, Any],
-    ) -> UniLMSeq2SeqOutput:
+    ) -> Seq2SeqLMOutput:
         """Packed rows [CLS] source [SEP] target [SEP], of whose target some tokens were replaced (the paper's
         fine-tuning).
         """
-        source, target = self.real_tokens(input_ids, attention_mask), cloze_input_ids != self.config.pad_token_id
-        target = target if target_mask is None else target_mask != 0
+        source = self.bert.real_tokens(input_ids, attention_mask)
+        target = cloze_input_ids != self.config.pad_token_id if target_mask is None else target_mask != 0
         self.check_packed(source, target)
         real = torch.cat((source, target), 1)
         outputs = self.bert(
             torch.cat((input_ids, cloze_input_ids), 1),
             real.long(),
-            position_ids=self.positions(real),
             task_ids=torch.full_like(input_ids[:, 0], SEQ2SEQ),
             num_tokens_a=source.sum(1),
+            position_ids=places(real) * real,
             **kwargs,
         )
+        result = sides(outputs, input_ids.shape[1], cloze_input_ids.shape[1])
         states = outputs.last_hidden_state[:, input_ids.shape[1] :]  # (B, T, D)
-        result = UniLMSeq2SeqOutput(decoder_hidden_states=outputs.hidden_states, decoder_attentions=outputs.attentions)
         if labels is None:
             result.logits = self.cls.predictions(states)
             return result
@@ -718,98 +754,127 @@ class UniLMForConditionalGeneration(LanguageModelHead, UniLMPreTrainedModel, Gen
         return result
 
     def check_packed(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """`check_length` of rows of real tokens, looked at on CPU."""
-        if source.device.type == "cpu" and not torch.compiler.is_compiling():
-            lengths = source.sum(1) + target.sum(1)
-            row = int(lengths.argmax())
-            self.check_length(int(source[row].sum()), int(target[row].sum()))
+        """`UniLMModel.check_room` of rows of real tokens, (B, S) and (B, T)."""
+        if source.shape[1] + target.shape[1] <= self.config.max_position_embeddings or torch.compiler.is_compiling():
+            return
+        lengths = torch.stack((source.sum(1), target.sum(1).expand(len(source))))  # (2, B)
+        self.bert.check_room(*lengths[:, lengths.sum(0).argmax()].tolist())
 
     def teacher_forced(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         decoder_input_ids: torch.Tensor,
+        decoder_attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, ModelOutput]:
+    ) -> tuple[torch.Tensor, Seq2SeqLMOutput]:
         """States (B, T, D) of a [MASK] after each decoder input, in one pass over source, inputs and [MASK]s."""
-        source = self.real_tokens(input_ids, attention_mask)
-        written, masks = decoder_input_ids[:, 1:], torch.full_like(decoder_input_ids, self.config.mask_token_id)
-        begin, end = input_ids.shape[1], input_ids.shape[1] + written.shape[1]
-        length = source.sum(1, keepdim=True)  # (B, 1)
-        places = torch.arange(masks.shape[1], device=masks.device)
-        self.check_packed(source, torch.ones_like(masks))
-        positions = torch.cat((self.positions(source), length + places[:-1], length + places), 1)
-        real = torch.cat((source, torch.ones_like(written) > 0, torch.zeros_like(masks) > 0), 1)  # seen by others
-        columns = torch.arange(positions.shape[1], device=positions.device)
-        is_source, is_mask = columns < begin, columns >= end
-        # a written token sees itself and what is before it, a [MASK] what is before its place, and both the source
-        reach = positions - is_mask.long()
-        seen = is_source | (positions[:, None, :] <= reach[:, :, None])
-        # source rows see the source alone
-        seen = seen & (is_source[None, :] | ~is_source[:, None])
-        allowed = (real[:, None, :] & seen) | torch.eye(len(columns), dtype=torch.bool, device=real.device)
-        types = torch.where(is_source, self.config.source_type_id, self.config.target_type_id).expand_as(positions)
+        source = self.bert.real_tokens(input_ids, attention_mask)
+        batch, length, number = *input_ids.shape, decoder_input_ids.shape[1]
+        real = self.real_inputs(decoder_input_ids, decoder_attention_mask, number)  # (1 or B, T)
+        self.check_packed(source, real)
+        order = (real.long().cumsum(1) - 1).expand(batch, -1)
+        begin = source.sum(1, keepdim=True)  # (B, 1)
+        positions = torch.cat(
+            (places(source) * source, begin + (order - 1).clamp(min=0), begin + order.clamp(min=0)), 1
+        )
+        masks = torch.full_like(decoder_input_ids, self.config.mask_token_id)
+        # source rows see the source; inputs and [MASK]s see it, the inputs up to their own place, and themselves
+        rows = length + 2 * number
+        to_inputs = nn.functional.pad(seen_inputs(order, real, torch.cat((order, order), 1)), (0, 0, length, 0))
+        allowed = torch.cat(
+            (source[:, None].expand(-1, rows, -1), to_inputs, torch.zeros_like(to_inputs)), 2
+        ) | torch.eye(rows, dtype=torch.bool, device=source.device)  # (B, S + 2T, S + 2T)
+        types = torch.full_like(positions, self.config.target_type_id)
+        types[:, :length] = self.config.source_type_id
         outputs = self.bert(
-            torch.cat((input_ids, written, masks), 1),
-            additive(allowed, self.dtype),
+            torch.cat((input_ids, decoder_input_ids, masks), 1),
+            self.bert.dense_mask(allowed),
             types,
             positions,
             **kwargs,
         )
-        return outputs.last_hidden_state[:, end:], outputs
+        return outputs.last_hidden_state[:, -number:], sides(outputs, length, number)
+
+    def real_inputs(
+        self, decoder_input_ids: torch.Tensor, decoder_attention_mask: torch.Tensor | None, number: int
+    ) -> torch.Tensor:
+        """Which of `number` decoder inputs, old and new, are real: (1, number) or (N, number) bool."""
+        if decoder_attention_mask is None:
+            return torch.ones(1, number, dtype=torch.bool, device=decoder_input_ids.device)
+        if decoder_attention_mask.shape != (len(decoder_input_ids), number):
+            raise ValueError(
+                f"{type(self).__name__}: decoder_attention_mask must be {(len(decoder_input_ids), number)}, for all "
+                f"decoder inputs with those in the cache, got {tuple(decoder_attention_mask.shape)}."
+            )
+        return decoder_attention_mask != 0
 
     def next_states(
         self,
         source: UniLMSourceOutput,
         decoder_input_ids: torch.Tensor,
-        past_key_values: Cache,
+        decoder_attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
         keep: int,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, ModelOutput]:
+    ) -> tuple[torch.Tensor, Seq2SeqLMOutput]:
         """States of a [MASK] after each new decoder input, or after the last `keep`, given the cache, which grows."""
         cache = past_key_values
         if isinstance(cache, EncoderDecoderCache):
             cache = cache.self_attention_cache
-        if source.source_states is None:
+        (of_source,) = source.source_attention_mask  # (B, S)
+        held = 0 if cache is None else cache.get_seq_length()
+        batch, number = decoder_input_ids.shape
+        if batch == 0 or batch % len(of_source):
             raise ValueError(
-                f"{type(self).__name__}: encoder_outputs must be what encode_source gives, with keys and values."
+                f"{type(self).__name__}: {batch} rows of decoder inputs for {len(of_source)} sources; give every "
+                "source equally many, one after the other."
             )
-        held, (real,) = cache.get_seq_length(), source.source_attention_mask
-        written = decoder_input_ids[:, 1 + held :]  # (N, R)
-        number = written.shape[1]
-        masks = number + (held == 0)  # the token that targets begin with is never held, and new at first only
-        masks = max(1, masks if keep == 0 else min(keep, masks))
-        self.check_length(source.longest, held + number + 1)
-        beams = len(decoder_input_ids) // len(real)
-        length = real.sum(1, keepdim=True).repeat_interleave(beams, 0)  # (N, 1)
-        device = written.device
-        places = torch.arange(held, held + number + 1, device=device)  # of the new tokens, and of one more
-        masked = places[len(places) - masks :]
-        rows = torch.cat((places[:number], masked))  # (R + M,)
-        columns = torch.cat((torch.arange(held + number, device=device), masked))
-        query_is_mask = torch.arange(len(rows), device=device) >= number
-        key_is_mask = torch.arange(len(columns), device=device) >= held + number
-        seen = columns <= (rows - query_is_mask.long())[:, None]
-        itself = key_is_mask & query_is_mask[:, None] & (columns == rows[:, None])
-        allowed = (seen & ~key_is_mask) | itself  # (R + M, W + R + M)
-        smallest = torch.finfo(self.dtype).min
-        step = DecodingStep(
-            source.source_states,
-            torch.where(real, 0.0, smallest).to(self.dtype)[:, None, None, :],
-            cache,
-            number,
-            torch.where(allowed, 0.0, smallest).to(self.dtype)[None, None],
-        )
-        fill = torch.full((len(written), masks), self.config.mask_token_id, device=device)
-        ids = torch.cat((written, fill), 1)
+        self.bert.check_room(source.longest, held + number)
+        real = self.real_inputs(decoder_input_ids, decoder_attention_mask, held + number)
+        order = real.long().cumsum(1) - 1  # (1 or N, W + R)
+        new = order[:, held:]
+        masked = new[:, -keep:]  # all with 0
+        masks = masked.shape[1]
+        itself = torch.eye(masks, dtype=torch.bool, device=order.device)
+        itself = nn.functional.pad(itself, (0, 0, number, 0)).expand(len(order), -1, -1)
+        allowed = torch.cat((seen_inputs(order, real, torch.cat((new, masked), 1)), itself), 2)
+        source_mask = additive_mask(of_source, self.dtype)[:, None, None]  # (B, 1, 1, S)
+        mask = additive_mask(allowed, self.dtype).unsqueeze(1)
+        step = DecodingStep(source.source_states, source_mask, cache, number, mask)
+        begin = of_source.sum(1, keepdim=True).repeat_interleave(batch // len(of_source), 0)  # (N, 1)
+        fill = torch.full_like(decoder_input_ids[:, :1], self.config.mask_token_id).expand(-1, masks)
+        ids = torch.cat((decoder_input_ids, fill), 1)
         outputs = self.bert(
             ids,
             token_type_ids=torch.full_like(ids, self.config.target_type_id),
-            position_ids=length + rows,
+            position_ids=begin + torch.cat(((new - 1).clamp(min=0), masked.clamp(min=0)), 1),
             step=step,
             **kwargs,
         )
-        return outputs.last_hidden_state[:, number:], outputs
+        result = sides(outputs, 0, masks)
+        result.encoder_last_hidden_state = source.last_hidden_state
+        result.encoder_hidden_states, result.encoder_attentions = source.hidden_states, source.attentions
+        return outputs.last_hidden_state[:, number:], result
+
+
+def seen_inputs(order: torch.Tensor, real: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Which decoder inputs, the `order`-th (N, K) of their rows, queries that stand after the `query`-th (N, Q) see:
+    (N, Q, K) bool. What is not `real` (N, K) is never seen, nor is the first, which a target begins with.
+    """
+    return (real & (order > 0))[:, None, :] & (order[:, None, :] <= query[:, :, None])
+
+
+def sides(outputs: ModelOutput, source: int, target: int) -> Seq2SeqLMOutput:
+    """States and attention of the first `source` rows as the encoder's, of the last `target` rows as the decoder's."""
+    result = Seq2SeqLMOutput()
+    if outputs.hidden_states is not None:
+        result.encoder_hidden_states = tuple(states[:, :source] for states in outputs.hidden_states)
+        result.decoder_hidden_states = tuple(states[:, -target:] for states in outputs.hidden_states)
+    if outputs.attentions is not None:
+        result.encoder_attentions = tuple(part[:, :, :source, :source] for part in outputs.attentions)
+        result.decoder_attentions = tuple(part[:, :, -target:] for part in outputs.attentions)
+    return result
 
 
 # ------------------------------------------------------------------------------------------ the official beam search
@@ -828,6 +893,34 @@ class OfficialBeamOutput(GenerateBeamEncoderDecoderOutput):
 
 FINISHED = -10000.0
 """What the official code adds to the scores of beams that have ended."""
+
+
+class NgramBlock(LogitsProcessor):
+    """No n-gram of a target twice, but for n-grams with an exempt token, such as a full stop: the ignore set of the
+    official decoder. `model.generate(source, logits_processor=[NgramBlock(3, exempt=[119])])`; without exempt tokens
+    it is `no_repeat_ngram_size=3`.
+
+    Args:
+        size: n.
+        exempt: tokens whose n-grams may come again.
+    """
+
+    def __init__(self, size: int, exempt: Iterable[int] = ()):
+        if size < 1:
+            raise ValueError(f"{type(self).__name__}.size must be at least 1, got {size}; the official decoder has 3.")
+        self.size, self.exempt = size, tuple(exempt)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores (N, V) with -inf at tokens that would repeat an n-gram of `input_ids` (N, T) after the start."""
+        written = input_ids[:, 1:]
+        if written.shape[1] < self.size:
+            return scores
+        grams = written.unfold(1, self.size, 1)  # (N, T - n, n)
+        tail = written[:, written.shape[1] - self.size + 1 :]  # (N, n - 1)
+        repeated = (grams[..., :-1] == tail[:, None]).all(-1)
+        repeated &= ~torch.isin(grams, torch.tensor(self.exempt, dtype=torch.long, device=grams.device)).any(-1)
+        blocked = torch.zeros_like(scores).scatter_add_(1, grams[..., -1], repeated.to(scores.dtype))
+        return scores.masked_fill(blocked > 0, -math.inf)
 
 
 @torch.no_grad()
@@ -849,7 +942,14 @@ def official_beam_search(
 
     Returns:
         Targets (B, L) after the token that they begin with; with `return_dict_in_generate` an `OfficialBeamOutput`.
+
+    Raises:
+        ValueError: sampling, or more than one target of a source.
     """
+    if generation_config.do_sample or generation_config.num_return_sequences != 1:
+        raise ValueError(
+            "official_beam_search gives the best target of every source; leave out do_sample and num_return_sequences."
+        )
     beams, pad = generation_config.num_beams, generation_config._pad_token_tensor
     ends = generation_config._eos_token_tensor
     examples = len(input_ids) // beams
@@ -858,8 +958,13 @@ def official_beam_search(
     scores = torch.zeros(examples, beams, device=input_ids.device)
     frames: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     sequences = input_ids
-    while sequences.shape[1] < generation_config.max_length and not (frames and finished.all()):
-        inputs = model.prepare_inputs_for_generation(sequences, is_first_iteration=not frames, **model_kwargs)
+    while not frames or not stopping_criteria(sequences, None).all():
+        inputs = model.prepare_inputs_for_generation(
+            sequences,
+            next_sequence_length=1 if frames and model_kwargs["use_cache"] else None,
+            is_first_iteration=not frames,
+            **model_kwargs,
+        )
         outputs = model(**inputs)
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder=True)
         log_probs = outputs.logits[:, -1].float().log_softmax(-1)

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from bestiary.configuration.configuration_core import EncoderConfig
 from bestiary.modeling.layers import encoder
-from bestiary.modeling.layers.attention import EncoderSelfAttention
+from bestiary.modeling.layers.attention import EncoderSelfAttention, additive_mask
 from bestiary.modeling.layers.heads import MaskedLMHead, SequenceClassificationHead
 from bestiary.modeling.modeling_bert import BertPretrainingModel
 
@@ -186,3 +186,9 @@ def test_base_without_an_encoder_says_so():
 
     with pytest.raises(NotImplementedError, match="Unfinished must say which base model"):
         Unfinished(ProbeConfig(**TINY))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masks_are_the_smallest_number_of_any_type(dtype):
+    found = additive_mask(torch.tensor([[True, False]]), dtype)
+    assert found.tolist() == [[0.0, torch.finfo(dtype).min]] and found.dtype == dtype

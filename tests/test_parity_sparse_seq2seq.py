@@ -110,7 +110,8 @@ def test_losses_and_gradients(model, batch, record):
 
 def test_maps_and_their_gradients(record):
     names = [name for name in record.outputs if name.startswith("map_") and name.endswith("_y")]
-    assert names
+    if not names:
+        pytest.skip("no maps recorded")
     grad = record.outputs["map_dy"].double()
     with Comparison(record) as compare:
         for name in names:
@@ -132,11 +133,12 @@ def test_maps_and_their_gradients(record):
 
 
 def test_losses_of_the_maps(record):
+    names = [name for name in record.outputs if name.startswith("maploss_") and not name.endswith("_dx")]
+    if not names:
+        pytest.skip("no losses of maps recorded")
     labels = record.outputs["map_target"]
     with Comparison(record) as compare:
-        for name in record.outputs:
-            if not name.startswith("maploss_") or name.endswith("_dx"):
-                continue
+        for name in names:
             for method in methods(alpha_of(name)):
                 logits = record.outputs["map_x"].double().requires_grad_()
                 losses = entmax_losses(logits, labels, alpha_of(name), method).losses

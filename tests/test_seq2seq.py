@@ -327,6 +327,16 @@ def test_evaluation_loss_is_a_mean_over_tokens(tokenizer, tmp_path):
     assert trainer.predict(trainer.eval_dataset).predictions.shape[0] == len(PAIRS)
 
 
+def test_rows_are_evaluated_in_their_order(tokenizer, tmp_path):
+    """Grouped by length, generated texts would be compared with the references of other rows."""
+    plain, grouped = (
+        make_trainer(tokenizer, tmp_path, bart(), train_sampling_strategy=strategy)
+        for strategy in ("random", "group_by_length")
+    )
+    first, second = (trainer.predict(trainer.eval_dataset).label_ids for trainer in (plain, grouped))
+    assert (first == second).all()
+
+
 def test_without_generation_there_are_logits(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, t5(), rows=2, predict_with_generate=False, max_steps=1)
     trainer.compute_metrics = None
@@ -387,6 +397,8 @@ def test_texts_come_in_the_order_of_their_sources(tokenizer):
     assert generate_texts(model, tokenizer, sources, batch_size=3, **options) == one_by_one
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         generate_texts(model, tokenizer, sources, batch_size=0)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1, for one text for each source; got 2"):
+        generate_texts(model, tokenizer, sources, num_beams=2, num_return_sequences=2)
 
 
 # Recipes and scripts
@@ -423,19 +435,32 @@ def test_a_new_model_by_recipe(files):
     assert model.generation_config.decoder_start_token_id == START
 
 
+def test_options_of_the_recipe_win_over_a_file(files, tmp_path):
+    bart(num_beams=2).generation_config.save_pretrained(tmp_path / "other")
+    recipe = read(*files, *NEW, "--max_target_length", "9", "--generation_config", tmp_path / "other")
+    model = PreparedPairs.load(recipe).build_trainer(recipe).model
+    assert (model.generation_config.max_length, model.generation_config.num_beams) == (10, 4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ((), "model that starts from nothing needs a tokenizer"),
         ((*NEW, "--data.generation", '{"num_beans": 2}'), "generation has options that generate.. lacks: num_beans"),
         ((*NEW, "--data.generation", '{"num_beams": 1, "num_return_sequences": 2}'), "does not fit together"),
+        (
+            (*NEW, "--data.generation", '{"num_beams": 2, "num_return_sequences": 2}'),
+            "num_return_sequences must be 1, ",
+        ),
+        ((*NEW, "--data.generation", '{"return_dict_in_generate": true}'), "return_dict_in_generate must be False"),
+        ((*NEW, "--peft", '{"peft_type": "LORA"}'), "peft: an adapter is saved without the model"),
         ((*NEW, "--slug", "bert"), "The paper 'bert' has no sequence-to-sequence model"),
     ],
 )
 def test_recipes_that_cannot_be_trained(options, message, files):
     with pytest.raises(ValueError, match=message):
         recipe = read(*files, *(options or NEW[:-2]))
-        PreparedPairs.load(recipe).build_trainer(recipe)
+        PreparedPairs.load(recipe).build_trainer(recipe, recipe.data.peft)
 
 
 def test_sizes_that_do_not_fit(files, tokenizer, tmp_path):
@@ -495,6 +520,15 @@ def test_scripts_train_and_generate(files, tmp_path, monkeypatch, capsys):
         generate(["--config", "seq2seq", "--input_file", str(tmp_path / "b.jsonl")])
     with pytest.raises(ValueError, match="no column 'text'"):
         generate([*common, "--input_file", str(tmp_path / "b.jsonl"), "--source_column", "text"])
+
+    paper = ["--config", "unilm_seq2seq_tiny", *common]  # whose recipe has data arguments of its own
+    output = tmp_path / "not" / "there" / "out.jsonl"
+    assert generate([*paper, "--input_file", str(tmp_path / "b.jsonl"), "--output_file", str(output)]) == scores
+    assert output.read_text() == target.read_text()
+    partly = tmp_path / "partly.jsonl"
+    partly.write_text('{"source": "ab", "target": "ba"}\n{"source": "ca"}')
+    with pytest.raises(ValueError, match="'target' must hold text in every row, but row 1 has None"):
+        generate([*common, "--input_file", str(partly)])
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it

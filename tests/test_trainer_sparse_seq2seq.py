@@ -110,7 +110,7 @@ def files(tmp_path, monkeypatch):
 
 
 def test_recipe_learns_to_inflect(files, tmp_path):
-    options = ("--max_steps", 400, "--per_device_train_batch_size", 12, "--learning_rate", "5e-3")
+    options = ("--max_steps", 200, "--per_device_train_batch_size", 12, "--learning_rate", "1e-2")
     sizes = ("--model.hidden_size", 48, "--model.embedding_size", 16, "--model.dropout", 0)
     recipe = read("sparse_seq2seq_tiny", *files, *options, *sizes, "--max_target_length", 9)
     prepared = PreparedPairs.load(recipe)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from suites.encoder_suite import EncoderSuite, gradients
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForPreTraining, GenerationConfig
+from transformers.modeling_outputs import BaseModelOutput
 
 from bestiary import get_paper
 from bestiary.configuration.configuration_unilm import UniLMConfig
@@ -19,6 +21,7 @@ from bestiary.modeling.modeling_unilm import (
     LEFT_TO_RIGHT,
     RIGHT_TO_LEFT,
     SEQ2SEQ,
+    NgramBlock,
     allowed_pairs,
     official_beam_search,
     segments,
@@ -240,17 +243,21 @@ def test_padding_of_packed_rows_may_stand_on_either_side():
     assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:_compile flag:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*flex_attention.*without torch.compile")
 @torch.no_grad()
 def test_block_masks_of_flex_attention():
-    model = build(unilm.UniLMModel)
+    """Of the tasks, of targets under [MASK]s of their own, and of cloze targets; the kernel is not compiled."""
+    model = build()
     mask = (torch.arange(9) < torch.tensor([9, 6, 7, 3])[:, None]).long()
     tasks = {"task_ids": ALL, "num_tokens_a": torch.tensor([3, 2, 4, 2])}
     results = []
     for backend in ("sdpa", "flex_attention"):
         model.set_attn_implementation(backend)
-        results.append(model(IDS, mask, **tasks).last_hidden_state[mask.bool()])
+        with torch.compiler.set_stance("force_eager"):
+            states = model.bert(IDS, mask, **tasks).last_hidden_state[mask.bool()]
+            whole = model(*left_padded(SOURCES, REAL), labels=TARGETS)
+            cloze = model(SOURCES, REAL, cloze_input_ids=TARGETS.clamp(min=0), labels=TARGETS)
+        results.append((states, whole.logits, whole.loss, cloze.loss))
     assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -375,16 +382,131 @@ def test_decoding_with_a_cache_is_the_whole_pass():
     model = build()
     ids = torch.tensor([[2, 7, 8, 9, 10], [2, 11, 12, 13, 14], [2, 60, 61, 62, 63]])
     whole = model(SOURCES, REAL, decoder_input_ids=ids).logits
-    source, cache, parts = model.encode_source(SOURCES, REAL), None, []
-    for begin, end in ((0, 2), (2, 3), (3, 5)):
-        step = model(encoder_outputs=source, decoder_input_ids=ids[:, :end], past_key_values=cache, use_cache=True)
+    source, cache, parts = model.get_encoder()(SOURCES, REAL), None, []
+    for begin, end in ((0, 1), (1, 3), (3, 4), (4, 5)):  # the new decoder inputs only, as for any encoder-decoder
+        new = ids[:, begin:end]
+        step = model(encoder_outputs=source, decoder_input_ids=new, past_key_values=cache, use_cache=True)
         cache = step.past_key_values
-        assert step.logits.shape[1] == end - begin and cache.get_seq_length() == end - 1
+        assert step.logits.shape[1] == end - begin and cache.get_seq_length() == end
         parts.append(step.logits)
     assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-5)
     cache.crop(-2)  # the last two tokens are written again
-    again = model(encoder_outputs=source, decoder_input_ids=ids, past_key_values=cache, use_cache=True).logits
+    again = model(encoder_outputs=source, decoder_input_ids=ids[:, 3:], past_key_values=cache).logits
     assert_close(again, whole[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_decoder_inputs_may_be_padded_on_either_side(use_cache):
+    model = build()
+    sides = {}
+    for side in ("left", "right"):
+        mask = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
+        mask = mask.flip(1) if side == "left" else mask
+        ids = torch.zeros(3, 5, dtype=torch.long).masked_scatter(
+            mask, torch.tensor([2, 7, 8, 9, 5, 2, 7, 5, 2, 9, 9, 6])
+        )
+        decoder = {"decoder_input_ids": ids, "decoder_attention_mask": mask.long(), "use_cache": use_cache}
+        sides[side] = model(SOURCES, REAL, **decoder).logits[mask]
+    assert_close(sides["left"], sides["right"], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"decoder_attention_mask must be \(3, 5\)"):
+        model(SOURCES, REAL, decoder_input_ids=ids, decoder_attention_mask=mask[:, 1:], use_cache=use_cache)
+
+
+def test_prompts_of_different_lengths():
+    """With a mask for prompts padded on the left, each row is continued as if it stood alone."""
+    model = build()
+    prompts, mask = torch.tensor([[7, 8], [0, 11], [9, 9]]), torch.tensor([[1, 1], [0, 1], [1, 1]])
+    options = {"max_new_tokens": 4, "num_beams": 2}
+    decoder = {"decoder_input_ids": prompts, "decoder_attention_mask": mask}
+    found = model.generate(SOURCES, attention_mask=REAL, **decoder, **options)
+    for row in range(3):
+        prompt = prompts[row, mask[row].bool()][None]
+        alone = model.generate(SOURCES[row, REAL[row].bool()][None], decoder_input_ids=prompt, **options)
+        new = alone[0, 1 + prompt.shape[1] :]
+        assert torch.equal(found[row, 3 : 3 + len(new)], new)
+
+
+def test_activation_checkpointing_with_an_encoded_source():
+    model = build(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(encoder_outputs=model.get_encoder()(SOURCES, REAL), labels=TARGETS).loss.backward()
+        found.append({name: value.grad.clone() for name, value in model.named_parameters()})
+    assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_tokenizer_and_a_trainer_give():
+    """Token types of the tokenizer are not read, embeddings stand for ids, and states are the decoder's."""
+    model = build()
+    types = {"token_type_ids": torch.zeros_like(SOURCES)}
+    plain = model(SOURCES, REAL, labels=TARGETS, output_hidden_states=True)
+    assert_close(model(SOURCES, REAL, labels=TARGETS, **types).loss, plain.loss)
+    cloze = {"cloze_input_ids": TARGETS.clamp(min=0), "labels": TARGETS}
+    assert_close(model(SOURCES, REAL, **cloze, **types).loss, model(SOURCES, REAL, **cloze).loss)
+    embeds = {"inputs_embeds": model.get_input_embeddings()(SOURCES), "attention_mask": REAL}
+    assert_close(model(**embeds, labels=TARGETS).loss, plain.loss, rtol=1e-5, atol=1e-5)
+    options = {"attention_mask": REAL, "max_new_tokens": 5}
+    found = model.generate(SOURCES, **options)
+    assert torch.equal(model.generate(input_ids=SOURCES, **types, **options), found)
+    assert torch.equal(model.generate(**embeds, max_new_tokens=5), found)
+    assert torch.equal(model.generate(encoder_outputs=model.get_encoder()(SOURCES, REAL), **options), found)
+    assert_close(model.cls.predictions(plain.decoder_hidden_states[-1]), plain.logits)
+    real, encoded = REAL.bool(), plain.encoder_hidden_states[-1]
+    assert_close(encoded[real], model.get_encoder()(SOURCES, REAL)[0][real], rtol=1e-4, atol=1e-5)
+    kept = model(encoder_outputs=model.get_encoder()(SOURCES, REAL), labels=TARGETS, logits_to_keep=2)
+    assert_close(kept.loss, plain.loss, rtol=1e-5, atol=1e-5)
+    assert_close(kept.logits, plain.logits[:, -2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*output_attentions.*")
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}])
+def test_everything_that_generate_returns(options):
+    model = build(backend="eager")
+    found = model.generate(
+        SOURCES,
+        attention_mask=REAL,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        return_dict_in_generate=True,
+        output_scores=True,
+        output_logits=True,
+        output_attentions=True,
+        output_hidden_states=True,
+        **options,
+    )
+    rows = 3 * options.get("num_beams", 1)
+    assert len(found.scores) == len(found.logits) == len(found.decoder_attentions) == 4
+    for step, (states, attention) in enumerate(zip(found.decoder_hidden_states, found.decoder_attentions), 1):
+        assert states[-1].shape == (rows, 1, 32)
+        assert attention[-1].shape == (rows, 4, 1, 6 + step + 1)  # the source, start and tokens, and the [MASK]
+        assert_close(attention[-1].sum(-1), torch.ones(rows, 4, 1))
+        assert not attention[-1][..., 6].any(), "the start token is not seen"
+    assert found.encoder_hidden_states[-1].shape == (3, 6, 32) and found.encoder_attentions[-1].shape == (3, 4, 6, 6)
+
+
+def test_assisted_decoding_gives_the_same():
+    model, source = build(scale=0.2), SOURCES[:1]
+    plain = model.generate(source, max_new_tokens=7)
+    assert torch.equal(model.generate(source, max_new_tokens=7, assistant_model=build()), plain)
+    assert torch.equal(model.generate(source, max_new_tokens=7, prompt_lookup_num_tokens=3), plain)
+
+
+def test_blocked_ngrams():
+    model = build(scale=0.2)
+    options = {"attention_mask": REAL, "max_new_tokens": 9, "num_beams": 3, "min_new_tokens": 9}
+    for size in (1, 2, 3):
+        stock = model.generate(SOURCES, **options, no_repeat_ngram_size=size)
+        assert torch.equal(model.generate(SOURCES, **options, logits_processor=[NgramBlock(size)]), stock)
+    ids = torch.tensor([[START, 7, 8, 9, 7, 8], [START, 7, 9, 9, 7, 9], [START, 7, 7, 7, 7, 7]])
+    blocked = NgramBlock(3, exempt=[9])(ids, torch.zeros(3, 12)).isinf()
+    assert blocked.nonzero().tolist() == [[2, 7]]  # 7 8 9 and 7 9 9 have a 9, in the last or an earlier place
+    assert NgramBlock(3)(ids, torch.zeros(3, 12)).isinf().nonzero().tolist() == [[0, 9], [1, 9], [2, 7]]
+    with pytest.raises(ValueError, match="NgramBlock.size must be at least 1, got 0"):
+        NgramBlock(0)
 
 
 @torch.no_grad()
@@ -423,7 +545,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_search_does_not_depend_on_cache_or_padding(name):
     """Beams share the keys and values of their source; a cache that is reordered wrongly shows here."""
-    model = build(scale=0.2)
+    model = build(scale=0.25)
     results = []
     for sources, mask in ((SOURCES, REAL), left_padded(SOURCES, REAL)):
         for use_cache in (True, False):
@@ -431,7 +553,7 @@ def test_search_does_not_depend_on_cache_or_padding(name):
             results.append(
                 model.generate(sources, attention_mask=mask, max_new_tokens=7, use_cache=use_cache, **OPTIONS[name])
             )
-    assert results[0].shape[0] == (6 if name == "returned" else 3) and len(set(results[0][:, 1].tolist())) > 1
+    assert results[0].shape[0] == (6 if name == "returned" else 3) and len(set(map(tuple, results[0].tolist()))) > 2
     assert all(torch.equal(result, results[0]) for result in results)
     if name in ("beam", "blocked", "official"):
         for row in range(3):
@@ -463,9 +585,12 @@ def test_official_search_with_one_beam_is_greedy():
     model = build(scale=0.2)
     options = {"attention_mask": REAL, "max_new_tokens": 7}
     greedy = model.generate(SOURCES, **options)
-    official = model.generate(SOURCES, **options, custom_generate=official_beam_search, num_beams=1)
-    width = min(greedy.shape[1], official.shape[1])
-    assert torch.equal(greedy[:, :width], official[:, :width])
+    official = {"custom_generate": official_beam_search, "num_beams": 1}
+    assert torch.equal(greedy, model.generate(SOURCES, **options, **official))
+    assert model.generate(SOURCES, **options, **official, max_time=0.0).shape[1] == 2  # it may be stopped
+    for wrong in ({"do_sample": True}, {"num_beams": 2, "num_return_sequences": 2}):
+        with pytest.raises(ValueError, match="leave out do_sample and num_return_sequences"):
+            model.generate(SOURCES, **options, **official | wrong)
 
 
 def test_official_search_by_hand():
@@ -493,16 +618,40 @@ def test_source_states_are_there_once_for_all_beams():
         model.generate(SOURCES, attention_mask=REAL, max_new_tokens=4, min_new_tokens=4, num_beams=5)
     finally:
         unilm.DecodingStep.attend = attend
-    assert seen[:2] == [(15, 3, 1)] * 2  # the first step reads a [MASK] alone
-    assert set(seen[2:]) == {(15, 3, 2)}, "a step reads the token before and a [MASK]"
+    assert seen == [(15, 3, 2)] * 8, "a step reads the token before and a [MASK]"
 
 
-def test_a_target_that_does_not_fit(tmp_path):
+def test_a_target_that_does_not_fit():
     model = build()
-    with pytest.raises(ValueError, match="a source of 6 and a target of 11 tokens.*max_position_embeddings is 16"):
-        model.generate(SOURCES, attention_mask=REAL, max_new_tokens=12, min_new_tokens=12)
+    for options in ({"max_new_tokens": 11}, {"max_length": 12, "num_beams": 2, "use_cache": False}):
+        with pytest.raises(ValueError, match="source of 6 and a target of 11 tokens.*max_position_embeddings is 16"):
+            model.generate(SOURCES, attention_mask=REAL, **options)
+    assert model.generate(SOURCES, attention_mask=REAL, max_new_tokens=10, min_new_tokens=10).shape == (3, 11)
+    with pytest.raises(ValueError, match="a source of 17 and a target of 0 tokens"):
+        model.generate(torch.full((1, 17), 7), max_new_tokens=1)
     with pytest.raises(ValueError, match="a source of 6 and a target of 11 tokens"):
         model(SOURCES, REAL, labels=torch.full((3, 11), 7))
+    with pytest.raises(ValueError, match="a source of 6 and a target of 11 tokens"):
+        model(SOURCES, REAL, cloze_input_ids=torch.full((3, 11), 7))
+    with pytest.raises(ValueError, match="a source of 6 and a target of 11 tokens"):
+        model(SOURCES, REAL, decoder_input_ids=torch.full((3, 11), 7), use_cache=True)
+    longest = torch.full((3, 13), 7)  # beside the shortest source; each pair fits
+    longest[0, 10:] = longest[2, 11:] = -100
+    pairs = [(SOURCES[row, REAL[row].bool()][None], longest[row, longest[row] != -100][None]) for row in range(3)]
+    alone = torch.stack([model(source, labels=target, num_items_in_batch=1).loss for source, target in pairs])
+    assert_close(model(SOURCES, REAL, labels=longest, num_items_in_batch=1).loss, alone.sum(), rtol=1e-5, atol=1e-4)
+
+
+def test_wrong_sources_and_caches():
+    model = build()
+    with pytest.raises(ValueError, match="encoder_outputs must be what get_encoder.. gives.*BaseModelOutput"):
+        model(encoder_outputs=BaseModelOutput(torch.zeros(3, 6, 32)), labels=TARGETS)
+    with pytest.raises(ValueError, match="4 rows of decoder inputs for 3 sources"):
+        model(encoder_outputs=model.get_encoder()(SOURCES, REAL), decoder_input_ids=torch.full((4, 1), START))
+    with pytest.raises(ValueError, match=r"attention_mask must be \(3, 6\) as the sources, got \(3, 5\)"):
+        model(SOURCES, REAL[:, 1:], labels=TARGETS)
+    with pytest.raises(ValueError, match="a cache that grows; leave cache_implementation out"):
+        model.generate(SOURCES, attention_mask=REAL, max_new_tokens=4, cache_implementation="static")
     with pytest.raises(ValueError, match="source 1 has no tokens"):
         model(SOURCES, torch.tensor([[1], [0], [1]]) * REAL, labels=TARGETS)
     with pytest.raises(ValueError, match=r"mask_token_id must be in \[0, vocab_size=99\) to write targets, got 103"):
@@ -543,7 +692,7 @@ def test_saved_options_and_classes(tmp_path):
     assert type(loaded) is WRITER and loaded.config.is_encoder_decoder and loaded.generation_config.num_beams == 2
     assert torch.equal(loaded.generate(SOURCES, attention_mask=REAL), model.generate(SOURCES, attention_mask=REAL))
     reader = unilm.UniLMForMaskedLM.from_pretrained(tmp_path)
-    assert not reader.config.is_encoder_decoder and not reader.bert.config.is_encoder_decoder
+    assert not reader.config.is_encoder_decoder and loaded.bert.config is loaded.config
     tasks = {"task_ids": torch.full((3,), SEQ2SEQ)}
     assert reader(SOURCES, REAL, **tasks).logits.shape == (3, 6, 99)
 
@@ -599,9 +748,20 @@ def test_official_layouts():
     with pytest.raises(ValueError, match="contradictory"):
         conversion.convert(wrong, settings)
 
-    s2s_ft = {name: value for name, value in state.items() if "seq_relationship" not in name and "pooler" not in name}
-    writer = conversion.convert(s2s_ft, settings)
+    smoothed = state | {"crit_mask_lm_smoothed.one_hot": torch.full((1, 99), 0.1 / 97)}  # fine-tuned
+    assert_close(conversion.convert(smoothed, settings).state_dict(), model.state_dict())
+
+    # s2s-ft has no pooler and no pairs, and its head holds the word table by a name of its own
+    s2s_ft = {name: value for name, value in smoothed.items() if not re.search("seq_rel|pooler|decoder", name)}
+    table = state["cls.predictions.decoder.weight"]
+    writer = conversion.convert(s2s_ft | {"cls.predictions.decoder_weight": table}, settings)
     assert type(writer) is WRITER and writer.config.eos_token_id == 102
+    assert_close(
+        writer.bert.state_dict(),
+        {name: value for name, value in model.bert.state_dict().items() if "pooler" not in name},
+    )
+    with pytest.raises(ValueError, match="contradictory"):
+        conversion.convert(s2s_ft | {"cls.predictions.decoder_weight": table + 1}, settings)
     encoder = {name: value for name, value in state.items() if name.startswith("bert.")}
     assert type(conversion.convert(encoder, settings)) is unilm.UniLMModel
 
@@ -625,4 +785,7 @@ def test_configuration_is_not_changed_by_the_class():
     assert not config.is_encoder_decoder
     both = copy.deepcopy(config)
     both.is_encoder_decoder = True
-    assert not unilm.UniLMForMaskedLM(both).config.is_encoder_decoder and both.is_encoder_decoder
+    for reader in (unilm.UniLMForMaskedLM(both), unilm.UniLMModel(both)):
+        assert not reader.config.is_encoder_decoder and both.is_encoder_decoder
+        attention = next(part for part in reader.modules() if isinstance(part, unilm.UniLMSelfAttention))
+        assert attention.config is reader.config

@@ -302,6 +302,11 @@ class BestiaryTrainer(Trainer):
 
     # Data
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> None:
+        """None, for the order of the rows: transformers groups them by length in evaluations too, but answers and
+        generated texts are compared by their places.
+        """
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         for column in ("example_key", *self.collator_columns):
@@ -385,6 +390,10 @@ class BestiaryTrainer(Trainer):
             ValueError: there is no complete checkpoint to resume from, or the one named is not complete.
         """
         self._train_sums, self._logged_at = _Accumulator(), 0
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # accelerate's mark of an evaluation before, which would keep it from wrapping the model: without DDP
+            # processes train apart
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

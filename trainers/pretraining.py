@@ -32,7 +32,7 @@ class PretrainingDataArguments:
 
     Args:
         dataset: `demo`, a data set on the Hub, or a folder; or give `train_file` (.txt, .jsonl, .parquet, .csv).
-        tokenizer: folder or Hub name; None takes the demo's.
+        tokenizer: folder or Hub name; None takes that of `model.name_or_path`, or the demo's.
         max_length: longest sequence in tokens, special ones included.
         mlm_probability: share of the tokens that are masked.
         max_predictions: largest number of masked tokens in a sequence; None sets no limit.
@@ -54,7 +54,7 @@ class PretrainingDataArguments:
         default=0.02, metadata={"help": "Held-out share if there is no validation split."}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name; default: the demo's tokenizer."}
+        default=None, metadata={"help": "Folder or Hub name; default: the checkpoint's tokenizer, or the demo's."}
     )
     max_length: int = field(default=128, metadata={"help": "Longest sequence in tokens."})
     mlm_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that are masked."})
@@ -75,8 +75,8 @@ class PretrainingTrainer(BestiaryTrainer):
 
     @classmethod
     def build_tokenizer(cls, recipe: Recipe) -> PreTrainedTokenizerBase:
-        """The tokenizer that the recipe names, or the demo's."""
-        name = recipe.data.tokenizer
+        """The tokenizer that the recipe names, that of its checkpoint, or the demo's."""
+        name = recipe.data.tokenizer or recipe.model.get("name_or_path")
         return AutoTokenizer.from_pretrained(name) if name else demo_tokenizer()
 
     @classmethod

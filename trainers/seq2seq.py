@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..generation import check_metrics, score_texts
+from ..generation import check_metrics, check_one_text, score_texts
 from ..modeling.layers.losses import IGNORE, check_labels
 from ..modeling.layers.pretrained import BestiaryPreTrainedModel
 from ..registry import get_paper, load_object
@@ -336,7 +336,7 @@ class Seq2SeqBestiaryTrainer(BestiaryTrainer, Seq2SeqTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, Any, Any]:
+    ) -> tuple[Any, Any, Any]:
         """Loss, generated tokens and labels of one batch; without `args.predict_with_generate` logits in place of
         tokens.
         """
@@ -524,39 +524,52 @@ class PreparedPairs:
             tokenizer = trainer_class.build_tokenizer(recipe, train)
             config = trainer_class.build_config(recipe, tokenizer)
             trainer_class.check_sizes(data, tokenizer, config)
-            parts = [trainer_class.build_features(rows, tokenizer, data, config) for rows in (train, held_out)]
-        return cls(tokenizer, config, *parts, list(held_out[data.target_column]))
+            features, held_out_features = (
+                trainer_class.build_features(rows, tokenizer, data, config) for rows in (train, held_out)
+            )
+        return cls(tokenizer, config, features, held_out_features, list(held_out[data.target_column]))
 
     def build_trainer(self, recipe: "Recipe", peft: dict[str, Any] | None = None) -> Seq2SeqBestiaryTrainer:
         """Trainer of the model that the recipe names, or of a new one from the global generator; seed it before.
 
         The options of `data.generation` become the model's. Without a length among them it generates at most
         `data.max_target_length` tokens.
+
+        Raises:
+            ValueError: options of `generate()` that it lacks, or `peft` on a model that is no checkpoint.
         """
         data, trainer_class = recipe.data, seq2seq_trainer(recipe.slug)
+        training = cast(Seq2SeqBestiaryTrainingArguments, recipe.training)
         model = trainer_class.build_model(recipe, copy.deepcopy(self.config))
-        set_generation_options(model, data)
         collator = trainer_class.build_collator(self.tokenizer, model, recipe)
         if peft is not None:
+            if not model.name_or_path:
+                raise ValueError(
+                    f"{type(data).__name__}.peft: an adapter is saved without the model that it belongs to, and this "
+                    "one is no checkpoint yet; give model.name_or_path of one, or train the whole model."
+                )
             model = peft_model(model, "SEQ_2_SEQ_LM", peft)  # type: ignore[assignment]
-        return trainer_class(
+        trainer = trainer_class(
             model,
-            recipe.training,
+            training,
             data_collator=collator,
             train_dataset=self.train,
             eval_dataset=self.held_out,
             processing_class=self.tokenizer,
             compute_metrics=(
-                text_metrics(data, self.tokenizer, self.references) if recipe.training.predict_with_generate else None
+                text_metrics(data, self.tokenizer, self.references) if training.predict_with_generate else None
             ),
         )
+        set_generation_options(model, data)  # after what the trainer takes from `training.generation_config`
+        return trainer
 
 
 def set_generation_options(model: PreTrainedModel, data: Seq2SeqDataArguments) -> None:
     """Make `data.generation` the model's own options of `generate()`.
 
     Raises:
-        ValueError: an option that `generate()` does not know, or that does not fit the others.
+        ValueError: an option that `generate()` does not know, or that does not fit the others; several texts for a
+            source.
     """
     options = dict(cast(dict, data.generation) or {})
     if not {"max_length", "max_new_tokens"} & options.keys():
@@ -570,3 +583,4 @@ def set_generation_options(model: PreTrainedModel, data: Seq2SeqDataArguments) -
         raise ValueError(f"{owner} does not fit together: {error}") from error
     if unknown:
         raise ValueError(f"{owner} has options that generate() lacks: {', '.join(unknown)}.")
+    check_one_text(owner, settings)

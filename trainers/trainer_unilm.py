@@ -12,13 +12,14 @@ Decisions where the paper and practice differ:
   row, which is chosen once by `data_seed`;
 * an evaluation of fine-tuning measures the loss of every target token under a [MASK] of its own given the ones before
   it, without smoothing: what decoding goes by, and comparable with any encoder-decoder;
-* random replacements come from the whole vocabulary, special tokens included, as in the official code.
+* random replacements come from the whole vocabulary, special tokens included, as in the official code;
+* gradients are cut at a norm of 1.0 over all parameters; the official BertAdam cuts each tensor by itself.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ class UniLMCollator:
         mlm_probability: share of the tokens, special ones included in the count, that are predicted.
         max_predictions: most predictions in a row; None sets no limit.
         objective_weights, task_per, ngram_mask_prob, max_ngram, nsp_probability: see `UniLMDataArguments`.
-        max_length: longest row; what another row's B has beyond it is cut off. None takes the longest of the batch.
+        max_length: longest row; what another row's B has beyond it is cut off. None takes the row's own length.
         pad_to_multiple_of: round the padded length up to a multiple.
         seed, epoch: with `example_key` they determine all draws for a row.
 
@@ -162,6 +163,8 @@ class UniLMCollator:
                 raise ValueError(f"{name}.{option} must be in [0, 1], got {getattr(self, option)}.")
         if self.max_ngram < 2:
             raise ValueError(f"{name}.max_ngram must be at least 2, got {self.max_ngram}; the paper has 3.")
+        if self.max_predictions is not None and self.max_predictions < 1:
+            raise ValueError(f"{name}.max_predictions must be at least 1 or None, got {self.max_predictions}.")
         self.special = SpecialTokens.from_tokenizer(self.tokenizer)
 
     def set_epoch(self, epoch: int) -> None:
@@ -333,7 +336,10 @@ class UniLMTrainer(PretrainingTrainer):
                     f"{cls.data_arguments.__name__}: no document of the split {split!r} has two sentences, one for "
                     "each text of an example; give longer documents."
                 )
-            others = rows.shuffle(seed=data.data_seed).flatten_indices()
+            order = np.random.default_rng(data.data_seed).permutation(len(rows))
+            following = np.empty_like(order)
+            following[order] = np.roll(order, -1)  # one cycle, so that no row stands beside itself
+            others = rows.select(following).flatten_indices()
             others = others.rename_columns(dict(zip(("input_ids", "token_type_ids"), OTHER)))
             made[split] = concatenate_datasets([rows.flatten_indices(), others], axis=1)
         return made
@@ -377,22 +383,24 @@ def unilm_config(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase) -> UniLMC
     """The configuration that a recipe describes, with the tokenizer's special tokens; `name_or_path` may be a BERT.
 
     Raises:
-        ValueError: a checkpoint of another model.
+        ValueError: a checkpoint, or a `model_type`, of another model.
     """
     name, special = recipe.model.get("name_or_path"), special_ids(tokenizer)
-    if name is None:
-        return recipe.build_config(**{"vocab_size": len(tokenizer)} | special)
-    found = AutoConfig.from_pretrained(name)
-    if found.model_type == "bert":
+    found = (
+        recipe.build_config(**{"vocab_size": len(tokenizer)} | special)
+        if name is None
+        else AutoConfig.from_pretrained(name)
+    )
+    if name is not None and found.model_type == "bert":
         changes = {key: value for key, value in recipe.model.items() if key not in ("name_or_path", "model_type")}
         segments = {"type_vocab_size": 6}
         return UniLMConfig.from_stock(found, **segments | special | changes)
     if not isinstance(found, UniLMConfig):
         raise ValueError(
-            f"UniLM starts from a BERT or a UniLM; {name} is a {type(found).__name__}. Convert an official checkpoint "
-            "by `bestiary convert unilm`."
+            f"UniLM starts from a BERT or a UniLM, or from nothing without model.model_type; {name or 'this'} is a "
+            f"{type(found).__name__}. Convert an official checkpoint by `bestiary convert unilm`."
         )
-    return recipe.build_config(**special)
+    return found if name is None else cast(UniLMConfig, recipe.build_config(**special))
 
 
 def unilm_model(kind: type[PreTrainedModel], recipe: "Recipe", config: PreTrainedConfig) -> PreTrainedModel:
@@ -400,10 +408,15 @@ def unilm_model(kind: type[PreTrainedModel], recipe: "Recipe", config: PreTraine
     name = recipe.model.get("name_or_path")
     if name is None:
         return kind(config)
-    loader = BertForPreTraining if AutoConfig.from_pretrained(name).model_type == "bert" else kind
-    found, report = loader.from_pretrained(name, output_loading_info=True)
+    theirs = AutoConfig.from_pretrained(name)
+    tables = ("type_vocab_size", "max_position_embeddings")
+    if isinstance(theirs, UniLMConfig) and all(getattr(theirs, size) == getattr(config, size) for size in tables):
+        return kind.from_pretrained(name, config=config)
+    loader = BertForPreTraining if theirs.model_type == "bert" else kind
+    loaded = cast(tuple[PreTrainedModel, dict[str, Any]], loader.from_pretrained(name, output_loading_info=True))
+    found, report = loaded
     state = {key: value for key, value in found.state_dict().items() if key not in report["missing_keys"]}
-    return kind.from_pretrained(None, config=config, state_dict=extended(state, config))
+    return kind.from_pretrained(None, config=config, state_dict=extended(state, cast(UniLMConfig, config)))
 
 
 # --------------------------------------------------------------------------------------------------------- fine-tuning
@@ -427,12 +440,11 @@ class UniLMSeq2SeqTrainingArguments(Seq2SeqBestiaryTrainingArguments):
     """Training arguments of fine-tuning to write.
 
     Changed defaults (official commands):
-        optimizer: bert_adam; schedule: bert; learning_rate: 3e-5; num_train_epochs: 30; warmup_steps: 0.1 (a share);
+        optimizer: bert_adam; learning_rate: 3e-5; num_train_epochs: 30; warmup_steps: 0.1 (a share), then linear to 0;
         weight_decay: 0.01; max_grad_norm: 1.0.
     """
 
     optimizer: str | None = field(default="bert_adam", metadata={"help": "Adam without bias correction."})
-    schedule: str | None = field(default="bert", metadata={"help": "Linear warm-up, then 1 - s/T of the peak."})
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate."})
     num_train_epochs: float = field(default=30.0, metadata={"help": "Passes over the training set."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Updates of warm-up; below 1, a share of all."})
@@ -451,7 +463,7 @@ class UniLMSeq2SeqCollator(Seq2SeqCollator):
         seed, epoch: with `example_key` they determine all draws for a row.
 
     Raises:
-        ValueError: a share that is not in (0, 1].
+        ValueError: a share that is not in (0, 1], or a limit below 1.
     """
 
     target_mask_prob: float = 0.7
@@ -465,6 +477,11 @@ class UniLMSeq2SeqCollator(Seq2SeqCollator):
             raise ValueError(
                 f"{type(self).__name__}.target_mask_prob must be in (0, 1], got {self.target_mask_prob}; the official "
                 "commands have 0.5 to 0.7."
+            )
+        if self.max_target_predictions is not None and self.max_target_predictions < 1:
+            raise ValueError(
+                f"{type(self).__name__}.max_target_predictions must be at least 1 or None, got "
+                f"{self.max_target_predictions}."
             )
         self.special = SpecialTokens.from_tokenizer(self.tokenizer)
 

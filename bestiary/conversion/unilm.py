@@ -2,7 +2,8 @@
 
 All have BERT's names and so one layout; a checkpoint with both heads gives `UniLMForPreTraining`, with the cloze head
 alone (s2s-ft) `UniLMForConditionalGeneration`, without heads `UniLMModel`. Old files have gamma and beta for weight
-and bias of a LayerNorm. The decoder's weight is the word table: if a file holds both, they must be equal.
+and bias of a LayerNorm. The decoder's weight, `decoder_weight` in s2s-ft, is the word table: if a file holds both,
+they must be equal. What was fine-tuned with smoothed labels holds the table of that loss, which is left out.
 
 Public configurations call epsilon `layer_norm_epsilon`; s2s-ft itself reads `layer_norm_eps` only, so that it ran
 those models with 1e-12. A configuration without either gets 1e-5, that of the v1 code. A table of two segments
@@ -27,6 +28,9 @@ LAYOUT = r"^(bert\.)?encoder\.layer\.\d+\.attention\.self\.(query|key|value)\."
 """BERT's as well; messages name the paper whose pattern comes first, and that is BERT's."""
 MODEL_TYPES = ("bert", "unilm", "unilm-base-cased")
 PARTS = ()
+S2S_FT_DECODER = "cls.predictions.decoder_weight"
+SMOOTHING = "crit_mask_lm_smoothed.one_hot"
+"""A buffer of the official loss."""
 SEGMENT_OF = (0, 1, 0, 0, 0, 1, 1)
 """Row of BERT's table that each segment starts as."""
 
@@ -43,6 +47,11 @@ def convert(state: State, config: Settings) -> PreTrainedModel:
         ValueError: another paper's checkpoint, no `num_attention_heads`, or tensors missing, extra or mis-shaped.
     """
     expect_layout("unilm", state, config)
+    state = {
+        "cls.predictions.decoder.weight" if name == S2S_FT_DECODER else name: tensor
+        for name, tensor in state.items()
+        if name != SMOOTHING
+    }
     prefix = "bert." if any(name.startswith("bert.") for name in state) else ""
     found = encoder_sizes(state, prefix, prefix)
     found.pop("embedding_size", None)

@@ -9,6 +9,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .feed_forward import ResidualOutput
 
 
+def additive_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where allowed, else the smallest number of `dtype`: bool -> `dtype`, of any shape."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention import EncoderAttention, EncoderSelfAttention
+from .attention import EncoderAttention, EncoderSelfAttention, additive_mask
 from .embeddings import EncoderEmbeddings
 from .feed_forward import Intermediate, PreNormOutput, ResidualOutput
 from .pretrained import BestiaryPreTrainedModel
@@ -287,7 +287,7 @@ class EncoderModel(EncoderPreTrainedModel):
             )
         if not boolean or self.config._attn_implementation != "eager":
             return attention_mask
-        return torch.where(attention_mask, 0.0, torch.finfo(dtype).min).to(dtype)  # eager adds it
+        return additive_mask(attention_mask, dtype)  # eager adds it
 
     def plan_unpadding(self, attention_mask: torch.Tensor | None, recording: dict) -> PackedRows | None:
         """The packed rows of a batch that is to be run on its real tokens only, else None. `recording` are the

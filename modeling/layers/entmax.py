@@ -13,13 +13,15 @@ How tau is found (`method`):
 * "sort" and "topk" (alpha 1.5 and 2): the exact algorithms; "topk" sorts the `topk` largest logits and goes on with
   twice as many where all of them have a probability;
 * "bisection": any alpha, also a tensor of them. Written in the distance of the logits from the largest one, so that
-  nothing cancels however near alpha is to 1, where softmax comes out.
+  nothing cancels however near alpha is to 1, where softmax comes out. Above alpha 2, where a small probability jumps
+  between neighbouring thresholds, the two that enclose the root are mixed.
 
 Decisions, and differences from the package:
 * a row of nothing but -inf gives zeros and no gradient (the package: an error or nan); of equal numbers, were they the
   smallest of their type, the uniform distribution. -inf beside other logits is a probability of 0;
 * all is computed in float32 at least and rounded once at the end;
 * probabilities are divided by their sum, and all gradients are those of these probabilities, the only tensor saved;
+  they are closed forms, with no derivative of their own;
 * the loss of a row with -inf among its logits is finite unless the gold class is there; then, or if the whole row is
   -inf, it is inf;
 * any `dim` works with any method; under torch.compile "sort" takes the place of the methods that look at numbers.
@@ -43,6 +45,8 @@ NEARLY_ZERO = -60.0
 """Logarithm of a probability that is lost in any sum beside 1."""
 LARGEST_NEWTON_COUNT = 100
 """More steps than any row was seen to need (15)."""
+LARGEST_WEIGHT = 1e18
+"""Of a probability near 0 in the gradient above alpha 2; its products stay finite in float32."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the maps
@@ -356,11 +360,17 @@ def _bisection(distances: torch.Tensor, alpha: float | torch.Tensor, n_iter: int
         span = torch.where(is_softmax, width, -torch.expm1(-power * width) / safe)
     else:
         span = torch.full_like(distances[..., :1], -math.expm1(-power * width) / power)
-    low = torch.zeros_like(span.expand(distances[..., :1].shape))
+    high = span.expand(distances[..., :1].shape)
+    low = torch.zeros_like(high)
     for _ in range(n_iter if distances.dtype == torch.float64 else min(n_iter, 30)):
-        span = span / 2
-        low = torch.where(probabilities(low + span).sum(-1, keepdim=True) >= 1, low + span, low)
-    return _normalised(probabilities(low, -math.inf)), low
+        middle = (low + high) / 2
+        is_low = probabilities(middle).sum(-1, keepdim=True) >= 1
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    # Above alpha 2 a probability may jump between neighbouring deltas; only their mixture of sum 1 is right then.
+    more, less = probabilities(low, -math.inf), probabilities(high, -math.inf)
+    excess, gap = more.sum(-1, keepdim=True) - 1, (more - less).sum(-1, keepdim=True)
+    share = (excess / gap.clamp(min=torch.finfo(gap.dtype).tiny)).clamp(0, 1)
+    return _normalised(more.lerp_(less, share)), low
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
@@ -373,7 +383,7 @@ class _Entmax(torch.autograd.Function):
     def forward(ctx, logits, alpha, dim, method, topk, n_iter):
         per_row = isinstance(alpha, torch.Tensor)
         moved = logits.movedim(dim, -1) if logits.dim() else logits.reshape(1)
-        rows = moved.reshape(-1, moved.shape[-1])
+        rows = moved.unsqueeze(0).flatten(0, -2)
         alphas = _alphas(alpha, moved, dim) if per_row else alpha
         p = torch.empty_like(rows, memory_format=torch.contiguous_format)
         for block in _blocks(rows) if rows.numel() else ():
@@ -400,6 +410,8 @@ class _Entmax(torch.autograd.Function):
             own, outer = _at_least_float32(p[block]), _at_least_float32(grads[block])
             chosen = ctx.alpha if alpha is None else alphas[block]
             weights = _weights(own, chosen)
+            if alpha is not None or ctx.alpha > 2:  # a weight may be so large that the difference below is lost
+                outer = outer - outer.gather(-1, weights.argmax(-1, keepdim=True))
             same = own.dtype == p.dtype and not torch.compiler.is_compiling()
             weighted = torch.mul(weights, outer, out=grad_logits[block]) if same else weights * outer
             total = weights.sum(-1, keepdim=True).clamp_(min=torch.finfo(own.dtype).tiny)
@@ -430,7 +442,7 @@ def _weights(p: torch.Tensor, alpha: float | torch.Tensor) -> torch.Tensor:
             return p.clamp(min=torch.finfo(p.dtype).tiny).rsqrt_().mul_(p)
         if alpha == 2:
             return p.sign()
-    return p.clamp(min=torch.finfo(p.dtype).tiny).pow(2 - alpha).masked_fill_(p == 0, 0.0)
+    return p.clamp(min=torch.finfo(p.dtype).tiny).pow(2 - alpha).clamp_(max=LARGEST_WEIGHT).masked_fill_(p == 0, 0.0)
 
 
 def _by_alpha(p: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:

@@ -243,7 +243,9 @@ class ObjectiveSuite:
 
     def record_split(self, output_dir: Path, **split: int) -> Recording:
         """The run that all splits of a batch of 8 must share; the steps of SGD do not blow up rounding errors."""
-        return self.record(self.make_trainer(output_dir, **PLAIN | SPLIT_RUN | split))
+        trainer = self.make_trainer(output_dir, **PLAIN | SPLIT_RUN | split)
+        trainer.evaluate()  # after which several processes must still train together
+        return self.record(trainer)
 
     # ---- loss and its log
 
