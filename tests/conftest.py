@@ -16,7 +16,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("shared_trainer") and not item.getparent(pytest.Class).cls.stands_for_all:
+        suite = item.getparent(pytest.Class)
+        shared = item.get_closest_marker("shared_trainer") and not suite.cls.stands_for_all
+        if shared or (item.get_closest_marker("processes") and suite.cls.splits_as_bert):
             item.add_marker(pytest.mark.slow)
 
 

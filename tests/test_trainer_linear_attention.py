@@ -46,6 +46,7 @@ class Linear:
 
 
 class TestLinearAttentionTrainer(Linear, TrainerSuite):
+    splits_as_bert = True
     parts = ("lm",)
     metrics = ("perplexity",)
 

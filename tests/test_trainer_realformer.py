@@ -34,6 +34,7 @@ def config(dropout: float = 0.0, **fields) -> RealformerConfig:
 
 
 class TestRealformerTrainer(TrainerSuite):
+    splits_as_bert = True
     slug = "realformer"
     parts = ("mlm", "sentence")
     metrics = ("sentence_accuracy",)

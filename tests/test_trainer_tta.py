@@ -55,6 +55,8 @@ class Tta:
 
 
 class TestTtaTrainer(Tta, TrainerSuite):
+    splits_as_bert = True
+
     def test_pseudo_perplexity_is_over_all_real_tokens(self, tmp_path):
         trainer = self.make_trainer(tmp_path)
         collator = self.make_collator()

@@ -49,6 +49,7 @@ class TestTupeTrainer(ObjectiveSuite):
 class TestWithNextSentencePrediction(TrainerSuite):
     """With sentence pairs, which the suite's predictions over several processes need."""
 
+    splits_as_bert = True
     slug = "tupe"
     parts = ("mlm", "sentence")
     metrics = ("sentence_accuracy",)
