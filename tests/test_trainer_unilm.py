@@ -427,7 +427,7 @@ SMALL = ("--model.hidden_size", 32, "--model.num_attention_heads", 2, "--model.i
 
 @pytest.mark.slow
 def test_recipe_learns_to_write(files, tmp_path):
-    options = (*files, *SMALL, "--max_steps", 250, "--learning_rate", "5e-3", "--per_device_train_batch_size", 12)
+    options = (*files, *SMALL, "--max_steps", 250, "--learning_rate", "2e-3", "--per_device_train_batch_size", 12)
     recipe = read(*options, "--max_target_length", 8, "--max_source_length", 8)
     prepared = PreparedPairs.load(recipe)
     assert prepared.config.mask_token_id == prepared.tokenizer.mask_token_id
