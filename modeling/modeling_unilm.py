@@ -60,7 +60,7 @@ from .layers.heads import (
     TokenClassificationHead,
     labelled_rows,
 )
-from .layers.losses import IGNORE, LossSum, check_labels, cross_entropy_sum, mean_loss
+from .layers.losses import IGNORE, LossSum, check_labels, mean_loss
 
 
 BIDIRECTIONAL, LEFT_TO_RIGHT, RIGHT_TO_LEFT, SEQ2SEQ = range(4)
@@ -389,72 +389,26 @@ class UniLMPreTrainingOutput(SentencePairPreTrainingOutput):
 
 
 class UniLMForPreTraining(Reader, PreTrainingHead, UniLMPreTrainedModel):
-    """The cloze loss of any task, and next-sentence prediction for the pairs that have a label."""
+    """The cloze loss of any task, and next-sentence prediction for the pairs that have a label.
 
-    @staticmethod
-    def uses_pooler(config: UniLMConfig) -> bool:
-        return True
+    Besides the inputs of `PreTrainingHead` it takes `task_ids` (B,) and `num_tokens_a` (B,); see `UniLMModel.forward`.
+    """
+
+    output_class = UniLMPreTrainingOutput
 
     def loss_weights(self) -> dict[str, float]:
         return {"mlm": self.config.masked_lm_loss_weight, "sentence": self.config.next_sentence_loss_weight}
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        task_ids: torch.Tensor | None = None,
-        num_tokens_a: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        next_sentence_label: torch.Tensor | None = None,
-        num_items_in_batch: dict[str, torch.Tensor | int] | None = None,
-        **kwargs,
-    ) -> UniLMPreTrainingOutput:
-        """`labels` (B, T) and `next_sentence_label` (B,; 1 = the second segment is random), -100 = no loss, each
-        optional. `num_items_in_batch` holds the counts `mlm` and `sentence` of the whole optimizer step.
-        """
-        outputs = self.encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            task_ids=task_ids,
-            num_tokens_a=num_tokens_a,
-            **kwargs,
-        )
-        states, counts = outputs.last_hidden_state, num_items_in_batch or {}
-        losses: dict[str, torch.Tensor] = {}
-        result = UniLMPreTrainingOutput(
-            seq_relationship_logits=self.cls.seq_relationship(outputs.pooler_output),  # (B, 2)
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-        if labels is None:
-            result.prediction_logits = self.cls.predictions(states)
-        elif task_ids is None or torch.compiler.is_compiling():
-            losses["mlm"] = mean_loss(self.masked_lm_loss_sum(states, labels), counts.get("mlm"))
-        else:
-            parts = [self.masked_lm_loss_sum(states[rows], labels[rows]) for rows in self.rows_by_task(task_ids)]
-            sums, numbers = (torch.stack(values) for values in zip(*parts))
-            losses["mlm"] = mean_loss((sums.sum(), numbers.sum()), counts.get("mlm"))
-            result.task_losses, result.task_counts = sums.detach(), numbers
-        if next_sentence_label is not None:
-            check_labels(type(self).__name__, next_sentence_label, 2, "next_sentence_label")
-            pairs = cross_entropy_sum(result.seq_relationship_logits, next_sentence_label)
-            losses["sentence"] = mean_loss(pairs, counts.get("sentence"))
-        weights = self.loss_weights()
-        result.mlm_loss, result.sentence_loss = losses.get("mlm"), losses.get("sentence")
-        result.loss = sum(weights[name] * loss for name, loss in losses.items()) if losses else None
-        return result
-
-    @staticmethod
-    def rows_by_task(task_ids: torch.Tensor) -> list[torch.Tensor]:
-        """Rows of the batch of each task."""
-        return [task_ids == task for task in range(len(TASKS))]
+    def token_losses(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, task_ids: torch.Tensor | None = None, **kwargs
+    ) -> tuple[LossSum, dict[str, torch.Tensor]]:
+        """As in `PreTrainingHead`, task by task if there are `task_ids` (B,)."""
+        if task_ids is None or torch.compiler.is_compiling():
+            return super().token_losses(hidden_states, labels, **kwargs)
+        groups = [task_ids == task for task in range(len(TASKS))]
+        parts = [self.masked_lm_loss_sum(hidden_states[rows], labels[rows]) for rows in groups]
+        sums, numbers = (torch.stack(values) for values in zip(*parts))
+        return (sums.sum(), numbers.sum()), {"task_losses": sums.detach(), "task_counts": numbers}
 
 
 class UniLMForMaskedLM(Reader, MaskedLMHead, UniLMPreTrainedModel):

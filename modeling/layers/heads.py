@@ -212,11 +212,20 @@ class PreTrainingHead(LanguageModelHead):
     """Masked language model plus a two-class decision on the sentence pair (Devlin et al., 2018, section 3.1)."""
 
     accepts_loss_kwargs = False  # one count cannot normalise two losses; BestiaryTrainer passes both
+    output_class: type[SentencePairPreTrainingOutput] = SentencePairPreTrainingOutput
 
     @staticmethod
     def uses_pooler(config) -> bool:
         """Whether there is a decision on the sentence pair."""
         return True
+
+    def token_losses(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs
+    ) -> tuple[LossSum, dict[str, torch.Tensor]]:
+        """Summed loss and number of the labelled tokens, and what else the output has of them; hidden_states
+        (B, T, D), labels (B, T), and the other inputs of the encoder.
+        """
+        return self.masked_lm_loss_sum(hidden_states, labels), {}
 
     def loss_weights(self) -> dict[str, float]:
         """Weights of the parts `mlm` and `sentence` in the loss."""
@@ -249,11 +258,12 @@ class PreTrainingHead(LanguageModelHead):
         outputs = self.encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, **kwargs)
         hidden_states = outputs.last_hidden_state
         counts = num_items_in_batch or {}
-        losses, prediction_logits, pair_logits = {}, None, None
+        losses, more, prediction_logits, pair_logits = {}, {}, None, None
         if labels is None:
             prediction_logits = self.cls.predictions(hidden_states)
         else:
-            losses["mlm"] = mean_loss(self.masked_lm_loss_sum(hidden_states, labels), counts.get("mlm"))
+            total, more = self.token_losses(hidden_states, labels, **kwargs)
+            losses["mlm"] = mean_loss(total, counts.get("mlm"))
         if self.uses_pooler(self.config):
             pair_logits = self.cls.seq_relationship(outputs.pooler_output)  # (B, 2)
             if next_sentence_label is not None:
@@ -262,7 +272,7 @@ class PreTrainingHead(LanguageModelHead):
                     cross_entropy_sum(pair_logits, next_sentence_label), counts.get("sentence")
                 )
         weights = self.loss_weights()
-        return SentencePairPreTrainingOutput(
+        return self.output_class(
             loss=sum(weights[name] * loss for name, loss in losses.items()) if losses else None,
             mlm_loss=losses.get("mlm"),
             sentence_loss=losses.get("sentence"),
@@ -270,6 +280,7 @@ class PreTrainingHead(LanguageModelHead):
             seq_relationship_logits=pair_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **more,
         )
 
 
